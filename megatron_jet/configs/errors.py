@@ -1,0 +1,5 @@
+"""The one error type that users see."""
+
+
+class UserError(Exception):
+    """Bad input. The message is one line that names the thing and the fix; commands print it and exit 1."""

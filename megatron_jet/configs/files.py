@@ -1,0 +1,69 @@
+"""Reading and writing small JSON files so that a kill at any moment leaves either the old file or the new one."""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from megatron_jet.configs.errors import UserError
+
+SCHEMA_VERSION = 1
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replace `path` by `text` atomically (temporary file in the same directory, fsync, rename)."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | Path, obj: Any) -> None:
+    """Write `obj` as indented JSON, atomically. Dicts get a `schema_version` when they have none."""
+    if isinstance(obj, dict) and "schema_version" not in obj:
+        obj = {"schema_version": SCHEMA_VERSION, **obj}
+    write_text(path, json.dumps(obj, indent=2, allow_nan=True) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read JSON. Raises UserError that names the file when it is missing or is not JSON."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+
+
+def canonical_json(obj: Any) -> str:
+    """One spelling per value: sorted keys, no spaces. The input of every hash in a run directory."""
+    return json.dumps(obj, sort_keys=True, separators=(",", ":"))
+
+
+def hash_json(obj: Any) -> str:
+    """SHA-256 (hex) of the canonical JSON of `obj`."""
+    return hashlib.sha256(canonical_json(obj).encode()).hexdigest()
+
+
+def hash_file(path: str | Path) -> str:
+    """SHA-256 (hex) of a file's bytes, read in 1 MiB pieces."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as f:
+            while block := f.read(1 << 20):
+                digest.update(block)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    return digest.hexdigest()

@@ -1,0 +1,20 @@
+"""The list of mixers. Adding one: its config file here, its module in megatron_jet/mixers, its HF file, one line below."""
+
+from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.mixers.attention import AttentionConfig, SlidingWindowConfig
+from megatron_jet.configs.mixers.base import MixerConfig
+from megatron_jet.configs.mixers.gated_delta_net import GatedDeltaNetConfig
+from megatron_jet.configs.mixers.gla import GLAConfig
+from megatron_jet.configs.mixers.jet_block import JetBlockConfig
+
+MIXER_CONFIGS: dict[str, type[MixerConfig]] = {
+    cls.kind: cls for cls in (AttentionConfig, SlidingWindowConfig, JetBlockConfig, GatedDeltaNetConfig, GLAConfig)
+}
+LINEAR_MIXERS: tuple[str, ...] = tuple(kind for kind, cls in MIXER_CONFIGS.items() if not cls.is_softmax)
+
+
+def mixer_config_class(kind: str) -> type[MixerConfig]:
+    """Config class of a mixer name. Raises UserError that lists the known names."""
+    if kind not in MIXER_CONFIGS:
+        raise UserError(f"unknown mixer '{kind}'; known: {', '.join(MIXER_CONFIGS)}")
+    return MIXER_CONFIGS[kind]
