@@ -4,7 +4,7 @@ from collections import defaultdict
 
 from megatron_jet.configs.base import StrictModel
 from megatron_jet.configs.layer_plan import split_entry
-from megatron_jet.configs.mixers.base import Precision
+from megatron_jet.configs.mixers.base import DEFAULT_PRECISION, Precision
 from megatron_jet.configs.model import ModelConfig
 
 
@@ -33,7 +33,7 @@ class ModelCost(StrictModel):
     by_kind: dict[str, KindCost]
 
 
-def model_cost(config: ModelConfig, context: int, precision: Precision = Precision()) -> ModelCost:
+def model_cost(config: ModelConfig, context: int, precision: Precision = DEFAULT_PRECISION) -> ModelCost:
     """Cost of `config` at `context` tokens.
 
     The LM head counts towards FLOPs whether tied or not; the embedding look-up is free.

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from megatron_jet.configs.mixers.base import MixerConfig, ModelShape, Precision
+from megatron_jet.configs.mixers.base import DEFAULT_PRECISION, MixerConfig, ModelShape, Precision
 
 
 def attention_params(shape: ModelShape) -> int:
@@ -35,7 +35,7 @@ class AttentionConfig(MixerConfig):
     def flops_per_token(self, shape: ModelShape, context: int) -> float:
         return attention_flops(shape, (context + 1) / 2)  # the mean over the positions of a causal sequence
 
-    def cache_bytes(self, shape: ModelShape, context: int, precision: Precision = Precision()) -> int:
+    def cache_bytes(self, shape: ModelShape, context: int, precision: Precision = DEFAULT_PRECISION) -> int:
         return 2 * shape.num_key_value_heads * shape.head_dim * context * precision.kv_bytes
 
     def shardable_heads(self, shape: ModelShape) -> tuple[int, ...]:
@@ -58,7 +58,7 @@ class SlidingWindowConfig(MixerConfig):
         visible = window - window * (window - 1) / 2 / context
         return attention_flops(shape, visible)
 
-    def cache_bytes(self, shape: ModelShape, context: int, precision: Precision = Precision()) -> int:
+    def cache_bytes(self, shape: ModelShape, context: int, precision: Precision = DEFAULT_PRECISION) -> int:
         kept = min(self.window, context)
         return 2 * shape.num_key_value_heads * shape.head_dim * kept * precision.kv_bytes
 

@@ -31,6 +31,9 @@ class Precision:
     state_bytes: int = 4
 
 
+DEFAULT_PRECISION = Precision()
+
+
 class MixerConfig(StrictModel):
     """Base of all mixer configs. `kind` is the name used in layer plans and in the registry."""
 
@@ -45,14 +48,14 @@ class MixerConfig(StrictModel):
         """Forward FLOPs per token at a given context length in tokens (a multiply-add counts as 2)."""
         raise NotImplementedError
 
-    def cache_bytes(self, shape: ModelShape, context: int, precision: Precision = Precision()) -> int:
+    def cache_bytes(self, shape: ModelShape, context: int, precision: Precision = DEFAULT_PRECISION) -> int:
         """Bytes of K/V cache or recurrent state of one sequence of `context` tokens in one layer.
 
         Counted as the paper counts it: without the few bytes of convolution state.
         """
         raise NotImplementedError
 
-    def conv_state_bytes(self, shape: ModelShape, precision: Precision = Precision()) -> int:
+    def conv_state_bytes(self, shape: ModelShape, precision: Precision = DEFAULT_PRECISION) -> int:
         """Bytes of convolution state (the last conv_size - 1 inputs) of one sequence in one layer."""
         return 0
 

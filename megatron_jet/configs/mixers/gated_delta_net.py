@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from megatron_jet.configs.mixers.base import ModelShape, Precision
+from megatron_jet.configs.mixers.base import DEFAULT_PRECISION, ModelShape, Precision
 from megatron_jet.configs.mixers.delta_rule import DeltaRuleConfig
 
 
@@ -21,8 +21,8 @@ class GatedDeltaNetConfig(DeltaRuleConfig):
     def flops_per_token(self, shape: ModelShape, context: int) -> float:
         return 2.0 * self.num_params(shape) + self.recurrence_flops()
 
-    def cache_bytes(self, shape: ModelShape, context: int, precision: Precision = Precision()) -> int:
+    def cache_bytes(self, shape: ModelShape, context: int, precision: Precision = DEFAULT_PRECISION) -> int:
         return self.state_bytes(precision)
 
-    def conv_state_bytes(self, shape: ModelShape, precision: Precision = Precision()) -> int:
+    def conv_state_bytes(self, shape: ModelShape, precision: Precision = DEFAULT_PRECISION) -> int:
         return (self.conv_size - 1) * self.conv_dim * precision.kv_bytes

@@ -5,7 +5,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.mixers.base import MixerConfig, ModelShape, Precision
+from megatron_jet.configs.mixers.base import DEFAULT_PRECISION, MixerConfig, ModelShape, Precision
 
 
 class GLAConfig(MixerConfig):
@@ -51,5 +51,5 @@ class GLAConfig(MixerConfig):
         # Decay, rank-one update and read-out: 5 operations per state element.
         return 2.0 * self.num_params(shape) + 5.0 * self.num_heads * self.head_dim * self.head_v_dim
 
-    def cache_bytes(self, shape: ModelShape, context: int, precision: Precision = Precision()) -> int:
+    def cache_bytes(self, shape: ModelShape, context: int, precision: Precision = DEFAULT_PRECISION) -> int:
         return self.num_heads * self.head_dim * self.head_v_dim * precision.state_bytes

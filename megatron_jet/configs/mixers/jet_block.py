@@ -5,7 +5,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.mixers.base import ModelShape, Precision
+from megatron_jet.configs.mixers.base import DEFAULT_PRECISION, ModelShape, Precision
 from megatron_jet.configs.mixers.delta_rule import DeltaRuleConfig
 
 
@@ -37,8 +37,8 @@ class JetBlockConfig(DeltaRuleConfig):
         convolution = 2.0 * self.value_dim * self.conv_size
         return 2.0 * self.num_params(shape) + convolution + self.recurrence_flops()
 
-    def cache_bytes(self, shape: ModelShape, context: int, precision: Precision = Precision()) -> int:
+    def cache_bytes(self, shape: ModelShape, context: int, precision: Precision = DEFAULT_PRECISION) -> int:
         return self.state_bytes(precision)
 
-    def conv_state_bytes(self, shape: ModelShape, precision: Precision = Precision()) -> int:
+    def conv_state_bytes(self, shape: ModelShape, precision: Precision = DEFAULT_PRECISION) -> int:
         return (self.conv_size - 1) * self.value_dim * precision.kv_bytes

@@ -1,0 +1,172 @@
+"""What each stage writes to result.json. The report, the launcher and later stages read nothing else.
+
+Every figure that depends on a clock sits under a `measured` key; two runs of one config are equal outside of them.
+"""
+
+from typing import Any
+
+from pydantic import Field
+
+from megatron_jet.configs.base import StrictModel
+from megatron_jet.configs.files import SCHEMA_VERSION
+
+
+class Scores(StrictModel):
+    """Held-out or search-split scores of one model. Losses are nats per scored token."""
+
+    accuracy: dict[str, float] = Field(description="by eval set: recall, choice, copy")
+    loss: dict[str, float] = Field(description="by eval set: recall, choice, copy, text")
+
+
+class Measured(StrictModel):
+    """Clock figures of a stage or candidate."""
+
+    seconds: float
+    train_tokens_per_second: float | None = None
+    generation_tokens_per_second: dict[str, float] | None = Field(default=None, description="by context length")
+    prefill_tokens_per_second: dict[str, float] | None = Field(default=None, description="by context length")
+    extra: dict[str, Any] = Field(default_factory=dict)
+
+
+class StageResult(StrictModel):
+    """Base of every stage's result."""
+
+    schema_version: int = SCHEMA_VERSION
+    stage: str
+    inputs_hash: str
+    tokens: int = Field(default=0, description="training tokens spent")
+    measured: Measured
+
+
+class PrepareResult(StageResult):
+    """Teacher imported into a Megatron checkpoint, data prepared."""
+
+    teacher_path: str = Field(description="HF directory")
+    teacher_checkpoint: str = Field(description="relative to the run directory")
+    teacher_config: dict[str, Any] = Field(description="ModelConfig")
+    data_path: str
+    tokenizer_path: str
+    data_index_hash: str
+    sources: list[str]
+
+
+class PlacementScore(StrictModel):
+    """One placement of full-attention layers and its scores."""
+
+    full: tuple[int, ...]
+    scores: Scores
+
+
+class BeamRound(StrictModel):
+    """One round of the beam search: all candidates scored, and which were kept."""
+
+    candidates: list[PlacementScore]
+    kept: list[tuple[int, ...]]
+
+
+class ComparisonRow(StrictModel):
+    """One architecture on held-out data, straight from the supernet and after a short stage 1."""
+
+    name: str = Field(description="learned, uniform, uniform phase k, all_linear, all_full")
+    full: tuple[int, ...]
+    before: Scores
+    after: Scores | None = None
+
+
+class PlacementResult(StageResult):
+    """Placement found, and all the evidence for it."""
+
+    full: tuple[int, ...]
+    swa: tuple[int, ...]
+    swa_window: int
+    plan: tuple[str, ...] = Field(description="layer plan with the supernet's linear mixer")
+    objective: str
+    swa_objective: str
+    heat_map: list[PlacementScore] = Field(description="one layer full, the others linear; search split")
+    all_linear: Scores
+    all_full: Scores
+    beam: list[BeamRound]
+    swa_beam: list[BeamRound] = Field(description="here `full` lists sliding-window layers")
+    uniform: tuple[int, ...]
+    comparison: list[ComparisonRow] = Field(description="held-out split")
+    layer_forwards: int = Field(description="done, thanks to shared prefixes")
+    layer_forwards_naive: int
+    final_losses: dict[str, float]
+
+
+class CandidateResult(StrictModel):
+    """One trained candidate of a selection stage."""
+
+    name: str
+    mixer: str
+    mixer_config: dict[str, Any]
+    params: int
+    state_bytes: int = Field(description="cache bytes of one linear layer per sequence")
+    analytic_flops_per_token: float
+    scores: Scores
+    final_losses: dict[str, float]
+    tokens: int
+    measured: Measured
+
+
+class SelectionResult(StageResult):
+    """block_selection, new_block and hardware_search: candidates, ranking, winner, and the rule used."""
+
+    candidates: list[CandidateResult]
+    ranking: list[str]
+    winner: str
+    winner_mixer: str
+    winner_config: dict[str, Any]
+    rule: str
+    pareto: list[str] = Field(default_factory=list, description="names on the accuracy / throughput front")
+
+
+class TrainStageResult(StageResult):
+    """stage1 and stage2."""
+
+    plan: tuple[str, ...]
+    model_config_: dict[str, Any] = Field(alias="model", description="ModelConfig")
+    checkpoint: str = Field(description="relative to the run directory")
+    final_losses: dict[str, float]
+    validation: list[dict[str, float]] = Field(description="step and held-out losses at each validation")
+    before: Scores
+    after: Scores
+
+    model_config = StrictModel.model_config | {"populate_by_name": True}
+
+
+class ExportResult(StageResult):
+    """HF directory written."""
+
+    path: str = Field(description="relative to the run directory")
+    model_type: str
+    files: dict[str, str] = Field(description="sha256 by file name")
+    max_logit_difference: float = Field(description="export against the Megatron model, fp32, same tokens")
+
+
+class EvaluateResult(StageResult):
+    """Teacher and export side by side, both as HF models on held-out data."""
+
+    teacher: Scores
+    final: Scores
+    megatron: Scores = Field(description="the final model scored on the Megatron side; must equal `final`")
+    teacher_params: int
+    final_params: int
+    teacher_cache_bytes: dict[str, int] = Field(description="by context")
+    final_cache_bytes: dict[str, int] = Field(description="by context")
+    teacher_measured: Measured
+    final_measured: Measured
+
+
+RESULT_TYPES: dict[str, type[StageResult]] = {
+    "prepare": PrepareResult,
+    "placement": PlacementResult,
+    "block_selection": SelectionResult,
+    "new_block": SelectionResult,
+    "hardware_search": SelectionResult,
+    "stage1": TrainStageResult,
+    "stage2": TrainStageResult,
+    "export": ExportResult,
+    "evaluate": EvaluateResult,
+    "report": StageResult,
+}

@@ -1,0 +1,85 @@
+"""The config of a whole run: one object, resolved once, written to the run directory as config.yaml."""
+
+from typing import Any, Literal
+
+from pydantic import Field, field_serializer, field_validator, model_validator
+
+from megatron_jet.configs.base import StrictModel
+from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.mixers.base import MixerConfig
+from megatron_jet.configs.mixers.registry import LINEAR_MIXERS, mixer_config_class
+from megatron_jet.configs.stages import (
+    STAGE_ORDER,
+    CandidateStageConfig,
+    EvaluateConfig,
+    ExportConfig,
+    HardwareSearchConfig,
+    PlacementConfig,
+    TrainStageConfig,
+)
+from megatron_jet.configs.training import DataConfig, ParallelConfig
+
+
+class TeacherConfig(StrictModel):
+    """The pre-trained full-attention model, an HF directory."""
+
+    path: str = Field(description="HF directory, or 'bundled:tiny'")
+    tokenizer: str | None = Field(default=None, description="HF directory of the tokenizer; None: the teacher's")
+
+
+class RunConfig(StrictModel):
+    """Everything a PostNAS run depends on. Equal configs give equal results outside `measured`."""
+
+    recipe: str = Field(description="name of the recipe it came from")
+    seed: int = Field(default=0, ge=0)
+    teacher: TeacherConfig
+    data: DataConfig
+    mixers: dict[str, MixerConfig] = Field(description="sizes of every candidate mixer")
+    nproc: int = Field(default=1, ge=1, description="processes per node of every distributed stage")
+    parallel: ParallelConfig = ParallelConfig()
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    stages: tuple[str, ...] = STAGE_ORDER
+    placement: PlacementConfig
+    block_selection: CandidateStageConfig
+    new_block: CandidateStageConfig
+    hardware_search: HardwareSearchConfig
+    stage1: TrainStageConfig
+    stage2: TrainStageConfig
+    export: ExportConfig = ExportConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @field_validator("mixers", mode="before")
+    @classmethod
+    def _typed_mixers(cls, value: Any) -> dict[str, MixerConfig]:
+        typed = {}
+        for kind, settings in dict(value).items():
+            if kind not in LINEAR_MIXERS:
+                raise UserError(f"mixers.{kind}: not a linear mixer; known: {', '.join(LINEAR_MIXERS)}")
+            config_class = mixer_config_class(kind)
+            typed[kind] = settings if isinstance(settings, config_class) else config_class.parse(settings, f"mixers.{kind}")
+        return typed
+
+    @field_serializer("mixers")
+    def _plain_mixers(self, mixers: dict[str, MixerConfig]) -> dict[str, Any]:
+        return {kind: mixer.to_dict() for kind, mixer in mixers.items()}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunConfig":
+        for stage in self.stages:
+            if stage not in STAGE_ORDER:
+                raise UserError(f"stages: unknown stage '{stage}'; known: {', '.join(STAGE_ORDER)}")
+        for where, names in (
+            ("placement.linear", (self.placement.linear,)),
+            ("block_selection.candidates", self.block_selection.candidates),
+            ("new_block.candidates", self.new_block.candidates),
+        ):
+            for name in names:
+                if name.removesuffix("_static") not in self.mixers:
+                    raise UserError(f"{where}: '{name}' has no entry in mixers; known: {', '.join(self.mixers)}")
+        return self
+
+    def stage(self, name: str) -> Any:
+        """Config of one stage. Raises UserError for an unknown name."""
+        if name not in STAGE_ORDER:
+            raise UserError(f"unknown stage '{name}'; known: {', '.join(STAGE_ORDER)}")
+        return getattr(self, name, None)
