@@ -5,6 +5,8 @@ This file needs nothing but torch, because exported checkpoints carry a copy of 
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 
@@ -82,10 +84,10 @@ def causal_windows(
         return [padded[:, w : w + time] for w in range(width)], padded[:, time:] if output_final_state else None
 
     bounds = cu_seqlens.tolist()
-    if batch != 1 or bounds[0] != 0 or bounds[-1] != time or any(b < a for a, b in zip(bounds[:-1], bounds[1:])):
+    if batch != 1 or bounds[0] != 0 or bounds[-1] != time or any(b < a for a, b in itertools.pairwise(bounds)):
         raise ValueError(f"cu_seqlens {bounds} must rise from 0 to T={time} in a packed batch of 1, not {batch}")
     # Each sequence follows its own state in `padded`, so a window never sees another sequence.
-    lengths = [b - a for a, b in zip(bounds[:-1], bounds[1:])]
+    lengths = [b - a for a, b in itertools.pairwise(bounds)]
     pieces = [piece for pair in zip(initial_state, x[0].split(lengths)) for piece in pair]
     padded = torch.cat(pieces)  # [T + N * (W - 1), D]
     number = torch.repeat_interleave(torch.arange(sequences), torch.tensor(lengths))

@@ -11,6 +11,7 @@ This file needs nothing but torch, because exported checkpoints carry a copy of 
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -71,7 +72,7 @@ def recurrent_gated_delta_rule(
     else:
         parts = [
             _recur(*(x[:, a:b] for x in (q, k, v, g.exp(), beta)), state[n : n + 1])
-            for n, (a, b) in enumerate(zip(bounds[:-1], bounds[1:]))
+            for n, (a, b) in enumerate(itertools.pairwise(bounds))
         ]
         o, state = torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts])
     return o.to(out_dtype), state if output_final_state else None
@@ -97,7 +98,8 @@ def chunk_gated_delta_rule(
 
     Args:
         q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens: as in the recurrent form.
-        chunk_size: tokens in a chunk. It changes the speed, not the result; 32 was fastest on a CPU for most shapes.
+        chunk_size: tokens in a chunk, a power of two. It changes the speed, not the result; 32 was
+            fastest on a CPU for most shapes.
 
     Returns:
         As the recurrent form.
@@ -105,6 +107,8 @@ def chunk_gated_delta_rule(
     Raises:
         ValueError: if shapes or boundaries do not fit together.
     """
+    if chunk_size < 1 or chunk_size & (chunk_size - 1):
+        raise ValueError(f"chunk_size {chunk_size} is not a power of two")
     batch, time, heads, _ = q.shape
     bounds = _boundaries(q, cu_seqlens)
     layout = _chunk_layout(bounds, chunk_size, q.device)
@@ -116,7 +120,7 @@ def chunk_gated_delta_rule(
 
     # Differences of a running sum lose digits when the decay is strong; fp64 keeps them.
     log_decay = g.to(_sum_dtype(g)).cumsum(1)  # [M*H, C, 1]
-    later = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=q.device).triu(1)
+    later = torch.ones(layout.chunk_size, layout.chunk_size, dtype=torch.bool, device=q.device).triu(1)
     # exp of a masked difference: never of a positive number, so no overflow and no inf * 0.
     decay = (log_decay - log_decay.mT).to(dtype).masked_fill(later, -torch.inf).exp()  # [M*H, C, C]
     from_start = log_decay.to(dtype).exp()
@@ -192,9 +196,15 @@ class _Layout(NamedTuple):
 
 
 def _chunk_layout(bounds: list[int], chunk_size: int, device: torch.device) -> _Layout:
-    """Lays sequences with these boundaries out in chunks, without a loop over chunks or tokens."""
+    """Lays sequences with these boundaries out in chunks, without a loop over chunks or tokens.
+
+    `chunk_size` is a power of two and is halved while every sequence still fits.
+    """
     ends = torch.tensor(bounds[1:])
     starts = torch.tensor(bounds[:-1])
+    longest = int((ends - starts).max())
+    while chunk_size > 1 and chunk_size // 2 >= longest:  # no padding beyond need when every sequence is short
+        chunk_size //= 2
     chunks = (ends - starts + chunk_size - 1) // chunk_size
     order = chunks.argsort(descending=True, stable=True)
     has_chunk = torch.arange(int(chunks.max()))[:, None] < chunks[order]  # [steps, N]
@@ -241,7 +251,7 @@ def _boundaries(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> list[int]:
     if cu_seqlens is None:
         return [n * time for n in range(batch + 1)]
     bounds = cu_seqlens.tolist()
-    if batch != 1 or bounds[0] != 0 or bounds[-1] != time or any(b < a for a, b in zip(bounds[:-1], bounds[1:])):
+    if batch != 1 or bounds[0] != 0 or bounds[-1] != time or any(b < a for a, b in itertools.pairwise(bounds)):
         raise ValueError(f"cu_seqlens {bounds} must rise from 0 to T={time} in a packed batch of 1, not {batch}")
     return bounds
 

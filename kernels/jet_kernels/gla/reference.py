@@ -10,6 +10,7 @@ This file needs nothing but torch, because exported checkpoints carry a copy of 
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -58,7 +59,7 @@ def recurrent_gla(
     else:
         parts = [
             _recur(*(x[:, a:b] for x in (q, k, v, gk.exp())), state[n : n + 1])
-            for n, (a, b) in enumerate(zip(bounds[:-1], bounds[1:]))
+            for n, (a, b) in enumerate(itertools.pairwise(bounds))
         ]
         o, state = torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts])
     return o.to(out_dtype), state if output_final_state else None
@@ -74,7 +75,7 @@ def chunk_gla(
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: torch.Tensor | None = None,
-    chunk_size: int = 32,
+    chunk_size: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The same function as `recurrent_gla`, chunk by chunk (2312.06635, section 4).
 
@@ -82,7 +83,8 @@ def chunk_gla(
 
     Args:
         q, k, v, gk, scale, initial_state, output_final_state, cu_seqlens: as in the recurrent form.
-        chunk_size: tokens in a chunk, a power of two. It changes the speed, not the result.
+        chunk_size: tokens in a chunk, a power of two. It changes the speed, not the result; 64 was
+            fastest on a CPU for wide heads and as good as 32 for narrow ones.
 
     Returns:
         As the recurrent form.
@@ -178,9 +180,15 @@ class _Layout(NamedTuple):
 
 
 def _chunk_layout(bounds: list[int], chunk_size: int, device: torch.device) -> _Layout:
-    """Lays sequences with these boundaries out in chunks, without a loop over chunks or tokens."""
+    """Lays sequences with these boundaries out in chunks, without a loop over chunks or tokens.
+
+    `chunk_size` is a power of two and is halved while every sequence still fits.
+    """
     ends = torch.tensor(bounds[1:])
     starts = torch.tensor(bounds[:-1])
+    longest = int((ends - starts).max())
+    while chunk_size > 1 and chunk_size // 2 >= longest:  # no padding beyond need when every sequence is short
+        chunk_size //= 2
     chunks = (ends - starts + chunk_size - 1) // chunk_size
     order = chunks.argsort(descending=True, stable=True)
     has_chunk = torch.arange(int(chunks.max()))[:, None] < chunks[order]  # [steps, N]
@@ -227,7 +235,7 @@ def _boundaries(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> list[int]:
     if cu_seqlens is None:
         return [n * time for n in range(batch + 1)]
     bounds = cu_seqlens.tolist()
-    if batch != 1 or bounds[0] != 0 or bounds[-1] != time or any(b < a for a, b in zip(bounds[:-1], bounds[1:])):
+    if batch != 1 or bounds[0] != 0 or bounds[-1] != time or any(b < a for a, b in itertools.pairwise(bounds)):
         raise ValueError(f"cu_seqlens {bounds} must rise from 0 to T={time} in a packed batch of 1, not {batch}")
     return bounds
 

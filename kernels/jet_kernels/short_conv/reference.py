@@ -5,6 +5,8 @@ This file needs nothing but torch, because exported checkpoints carry a copy of 
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 
@@ -80,9 +82,9 @@ def _with_history(
     if cu_seqlens is None:
         return torch.cat([initial_state, x], 1), None
     bounds = cu_seqlens.tolist()
-    if batch != 1 or bounds[0] != 0 or bounds[-1] != time or any(b < a for a, b in zip(bounds[:-1], bounds[1:])):
+    if batch != 1 or bounds[0] != 0 or bounds[-1] != time or any(b < a for a, b in itertools.pairwise(bounds)):
         raise ValueError(f"cu_seqlens {bounds} must rise from 0 to T={time} in a packed batch of 1, not {batch}")
-    lengths = [b - a for a, b in zip(bounds[:-1], bounds[1:])]
+    lengths = [b - a for a, b in itertools.pairwise(bounds)]
     padded = torch.cat([piece for pair in zip(initial_state, x[0].split(lengths)) for piece in pair])
     number = torch.repeat_interleave(torch.arange(sequences), torch.tensor(lengths))
     return padded, (torch.arange(time) + number * reach).to(x.device)
