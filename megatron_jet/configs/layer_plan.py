@@ -31,15 +31,15 @@ def check_plan(plan: LayerPlan, num_layers: int) -> None:
         split_entry(entry)
 
 
-def hybrid_plan(num_layers: int, linear: str, full: tuple[int, ...], windows: dict[int, int] | None = None) -> LayerPlan:
+def hybrid_plan(
+    num_layers: int, linear: str, full: tuple[int, ...], windows: dict[int, int] | None = None
+) -> LayerPlan:
     """A plan with `linear` everywhere but at the full-attention layers and the sliding-window layers (0-based)."""
     windows = windows or {}
     for index in (*full, *windows):
         if not 0 <= index < num_layers:
             raise UserError(f"layer {index} does not exist in a model of {num_layers} layers")
-    return tuple(
-        "attn" if i in full else f"swa:{windows[i]}" if i in windows else linear for i in range(num_layers)
-    )
+    return tuple("attn" if i in full else f"swa:{windows[i]}" if i in windows else linear for i in range(num_layers))
 
 
 def uniform_placement(num_layers: int, budget: int, phase: float = 0.5) -> tuple[int, ...]:

@@ -44,7 +44,9 @@ class ModelConfig(StrictModel):
             if kind not in LINEAR_MIXERS:
                 raise UserError(f"mixers.{kind}: not a linear mixer; known: {', '.join(LINEAR_MIXERS)}")
             config_class = mixer_config_class(kind)
-            typed[kind] = settings if isinstance(settings, config_class) else config_class.parse(settings, f"mixers.{kind}")
+            typed[kind] = (
+                settings if isinstance(settings, config_class) else config_class.parse(settings, f"mixers.{kind}")
+            )
         return typed
 
     @field_serializer("mixers")

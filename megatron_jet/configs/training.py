@@ -85,10 +85,14 @@ class TrainingConfig(StrictModel):
     )
     validation_interval: int = Field(default=0, ge=0, description="steps between held-out validations; 0: none")
     validation_batches: int = Field(default=4, gt=0)
-    checkpoint_interval: int = Field(default=0, ge=0, description="steps between checkpoints; 0: only on signals and at the end")
+    checkpoint_interval: int = Field(
+        default=0, ge=0, description="steps between checkpoints; 0: only on signals and at the end"
+    )
     log_interval: int = Field(default=1, gt=0)
     keep_best: bool = Field(default=False, description="keep the checkpoint with the lowest validation loss as well")
-    nan_limit: int = Field(default=3, ge=0, description="steps with a non-finite loss or gradient to skip before failing")
+    nan_limit: int = Field(
+        default=3, ge=0, description="steps with a non-finite loss or gradient to skip before failing"
+    )
     distributed_optimizer: bool = True
     recompute: bool = Field(default=False, description="recompute activations layer by layer in the backward pass")
 

@@ -3,7 +3,7 @@
 from pydantic import Field, field_validator
 
 from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.mixers.base import DEFAULT_PRECISION, MixerConfig, ModelShape, Precision
+from megatron_jet.configs.mixers.base import MixerConfig, ModelShape, Precision
 
 
 class DeltaRuleConfig(MixerConfig):

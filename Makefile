@@ -1,0 +1,44 @@
+# Everything a newcomer types. `make quickstart` first, `make test` second; `make help` lists the rest.
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.PHONY: help quickstart install test test-slow test-gpu lint clean
+
+VENV := .venv
+PY := $(VENV)/bin/python
+OUTPUT ?= runs/tiny
+PYTEST := $(PY) -m pytest
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_OFFLINE ?= 1
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+quickstart: install ## run all of PostNAS on this machine's CPU, from the bundled teacher, into runs/tiny
+	$(PY) launcher/postnas.py run tiny --output "$(OUTPUT)"
+
+install: $(VENV)/.installed ## make .venv and install the project into it (seconds when nothing changed)
+
+$(VENV)/.installed: pyproject.toml constraints.txt tools/find_python.sh
+	@python="$$(bash tools/find_python.sh)" || exit 1; \
+	echo "setting up $(VENV) with $$python"; \
+	test -x $(PY) || "$$python" -m venv $(VENV) || exit 1; \
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,launch,eval,dev]'
+	@touch $@
+
+test: install ## run the tests (2 cores: see README for the time it takes)
+	$(PYTEST) -m "not slow and not gpu and not multi_gpu"
+
+test-slow: install ## the tests that take minutes each
+	$(PYTEST) -m slow --timeout 3600
+
+test-gpu: install ## the tests that need a GPU: one process, at most 8 minutes
+	$(PYTEST) -m gpu tests
+
+lint: install ## ruff, as pre-commit runs it
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean: ## remove caches; runs/ and .venv stay
+	rm -rf .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
