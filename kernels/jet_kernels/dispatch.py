@@ -91,8 +91,10 @@ def rms_norm_gated(x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor, ep
 
 
 def dynamic_causal_conv(x, kernel, **options) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """See `dynamic_conv.reference.dynamic_causal_conv`. Where the kernels come from a linear layer, `fused_dynamic_conv`
-    is the fast one."""
+    """See `dynamic_conv.reference.dynamic_causal_conv`.
+
+    Where the kernels come from a linear layer, `fused_dynamic_conv` is the fast one.
+    """
     backend("dynamic_causal_conv", x.device)
     return dynamic_conv.dynamic_causal_conv(x, kernel, **options)
 
