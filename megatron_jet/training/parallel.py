@@ -1,0 +1,67 @@
+"""Process groups and seeds of one layout. Can be set up and taken down many times in one process."""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.training import ParallelConfig
+
+
+def init_parallel(
+    parallel: ParallelConfig,
+    seed: int,
+    *,
+    store: dist.Store | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+    timeout: timedelta = timedelta(minutes=30),
+) -> None:
+    """Start torch.distributed (NCCL on GPUs, gloo on CPUs), Megatron's groups and the random generators.
+
+    Without arguments the process group comes from the environment (torchrun's RANK, WORLD_SIZE, MASTER_ADDR); with
+    none there, it is a world of one that opens no port.
+
+    Args:
+        parallel: the layout.
+        seed: seeds torch equally on all ranks, and Megatron's per-rank generators.
+        store: a rendezvous store, with `rank` and `world_size`.
+        timeout: after which a collective that hangs fails.
+
+    Raises:
+        UserError: the layout does not fit the world size, or context parallelism is asked for.
+    """
+    if rank is None:
+        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if parallel.context > 1:
+        raise UserError("parallel.context: context parallelism is not supported yet; use context=1")
+    parallel.data_parallel(world_size)
+    if not dist.is_initialized():
+        if store is None and "MASTER_ADDR" not in os.environ:
+            if world_size > 1:
+                raise UserError("WORLD_SIZE is above 1 but MASTER_ADDR is not set; start the processes with torchrun")
+            store = dist.HashStore()
+        backend = "gloo"
+        if torch.cuda.is_available():
+            backend = "nccl"
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank % torch.cuda.device_count())))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        distributed_timeout_minutes=max(1, int(timeout.total_seconds() // 60)),
+    )
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def destroy_parallel() -> None:
+    """Undo `init_parallel`. Safe when it did not run or failed half-way."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
