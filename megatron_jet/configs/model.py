@@ -9,7 +9,7 @@ from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.layer_plan import LayerPlan, check_plan, split_entry
 from megatron_jet.configs.mixers.attention import AttentionConfig, SlidingWindowConfig
 from megatron_jet.configs.mixers.base import MixerConfig, ModelShape
-from megatron_jet.configs.mixers.registry import LINEAR_MIXERS, mixer_config_class
+from megatron_jet.configs.mixers.registry import typed_mixers
 
 
 class ModelConfig(StrictModel):
@@ -39,15 +39,7 @@ class ModelConfig(StrictModel):
     @field_validator("mixers", mode="before")
     @classmethod
     def _typed_mixers(cls, value: Any) -> dict[str, MixerConfig]:
-        typed = {}
-        for kind, settings in dict(value).items():
-            if kind not in LINEAR_MIXERS:
-                raise UserError(f"mixers.{kind}: not a linear mixer; known: {', '.join(LINEAR_MIXERS)}")
-            config_class = mixer_config_class(kind)
-            typed[kind] = (
-                settings if isinstance(settings, config_class) else config_class.parse(settings, f"mixers.{kind}")
-            )
-        return typed
+        return typed_mixers(value)
 
     @field_serializer("mixers")
     def _plain_mixers(self, mixers: dict[str, MixerConfig]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pydantic import Field, field_serializer, field_validator, model_validator
 from megatron_jet.configs.base import StrictModel
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.mixers.base import MixerConfig
-from megatron_jet.configs.mixers.registry import LINEAR_MIXERS, mixer_config_class
+from megatron_jet.configs.mixers.registry import typed_mixers
 from megatron_jet.configs.stages import (
     STAGE_ORDER,
     CandidateStageConfig,
@@ -51,15 +51,7 @@ class RunConfig(StrictModel):
     @field_validator("mixers", mode="before")
     @classmethod
     def _typed_mixers(cls, value: Any) -> dict[str, MixerConfig]:
-        typed = {}
-        for kind, settings in dict(value).items():
-            if kind not in LINEAR_MIXERS:
-                raise UserError(f"mixers.{kind}: not a linear mixer; known: {', '.join(LINEAR_MIXERS)}")
-            config_class = mixer_config_class(kind)
-            typed[kind] = (
-                settings if isinstance(settings, config_class) else config_class.parse(settings, f"mixers.{kind}")
-            )
-        return typed
+        return typed_mixers(value)
 
     @field_serializer("mixers")
     def _plain_mixers(self, mixers: dict[str, MixerConfig]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Config of each PostNAS stage (Jet-Nemotron paper, section 2). Every value the paper does not publish is a field here."""
+"""Config of each PostNAS stage (Jet-Nemotron paper, section 2). What the paper does not publish is a field here."""
 
 from typing import Literal
 

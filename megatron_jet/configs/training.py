@@ -90,9 +90,7 @@ class TrainingConfig(StrictModel):
     )
     log_interval: int = Field(default=1, gt=0)
     keep_best: bool = Field(default=False, description="keep the checkpoint with the lowest validation loss as well")
-    nan_limit: int = Field(
-        default=3, ge=0, description="steps with a non-finite loss or gradient to skip before failing"
-    )
+    nan_limit: int = Field(default=3, ge=0, description="non-finite steps to skip before failing")
     distributed_optimizer: bool = True
     recompute: bool = Field(default=False, description="recompute activations layer by layer in the backward pass")
 

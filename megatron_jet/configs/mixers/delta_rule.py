@@ -7,7 +7,7 @@ from megatron_jet.configs.mixers.base import MixerConfig, ModelShape, Precision
 
 
 class DeltaRuleConfig(MixerConfig):
-    """Heads, key width and value expansion of a gated delta rule layer (FACTS: d_k = head_dim, d_v = expand_v * d_k)."""
+    """Heads, key width and value expansion of a gated delta rule layer: d_k = head_dim, d_v = expand_v * d_k."""
 
     num_heads: int = Field(gt=0)
     head_dim: int = Field(gt=0, description="d_k, the width of a query and key head")

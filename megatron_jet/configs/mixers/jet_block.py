@@ -25,7 +25,8 @@ class JetBlockConfig(DeltaRuleConfig):
         super().check(shape)
         if self.generator_dim < 1:
             raise UserError(
-                f"jet: dconv_generator_reduction={self.dconv_generator_reduction} is larger than d_v*heads={self.value_dim}"
+                f"jet: dconv_generator_reduction={self.dconv_generator_reduction} is larger than "
+                f"d_v*heads={self.value_dim}"
             )
 
     def num_params(self, shape: ModelShape) -> int:

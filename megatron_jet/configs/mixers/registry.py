@@ -1,4 +1,7 @@
-"""The list of mixers. Adding one: its config file here, its module in megatron_jet/mixers, its HF file, one line below."""
+"""The list of mixers. Adding one: its config file, its module in megatron_jet/mixers, its HF file, one line below."""
+
+from collections.abc import Mapping
+from typing import Any
 
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.mixers.attention import AttentionConfig, SlidingWindowConfig
@@ -18,3 +21,18 @@ def mixer_config_class(kind: str) -> type[MixerConfig]:
     if kind not in MIXER_CONFIGS:
         raise UserError(f"unknown mixer '{kind}'; known: {', '.join(MIXER_CONFIGS)}")
     return MIXER_CONFIGS[kind]
+
+
+def typed_mixers(settings: Mapping[str, Any]) -> dict[str, MixerConfig]:
+    """Configs of the linear mixers by name, from plain mappings (YAML, JSON) or configs.
+
+    Raises:
+        UserError: a name that is not a linear mixer, or settings that its config refuses.
+    """
+    typed = {}
+    for kind, values in dict(settings).items():
+        if kind not in LINEAR_MIXERS:
+            raise UserError(f"mixers.{kind}: not a linear mixer; known: {', '.join(LINEAR_MIXERS)}")
+        config_class = MIXER_CONFIGS[kind]
+        typed[kind] = values if isinstance(values, config_class) else config_class.parse(values, f"mixers.{kind}")
+    return typed
