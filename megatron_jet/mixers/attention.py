@@ -49,7 +49,9 @@ class WindowedSelfAttention(SelfAttention):
                 pg_collection=self.pg_collection,
             )
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, window: int | None = None, **kwargs):
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, window: int | None = None, **kwargs
+    ) -> tuple[Tensor, Tensor | None]:
         """See SelfAttention; `window` picks one of `more_windows` for this call."""
         if window is None or window == self.window:
             return super().forward(hidden_states, attention_mask, **kwargs)

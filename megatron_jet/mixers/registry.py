@@ -1,4 +1,4 @@
-"""The mixers by kind. Adding one: its config in configs/mixers, its module here, its Hugging Face file, one line below."""
+"""The mixers by kind. Adding one: its config in configs/mixers, its module here, its HF file, one line below."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_jet.configs.mixers.base import MixerConfig
 from megatron_jet.configs.mixers.registry import mixer_config_class
 from megatron_jet.configs.model import ModelConfig
-from megatron_jet.mixers import attention
+from megatron_jet.mixers import attention, gated_delta_net, gla, jet_block
 from megatron_jet.mixers.params import AttentionWeights, ParamRow
 
 
@@ -39,6 +39,9 @@ def _definition(module) -> MixerDefinition:
 MIXERS: dict[str, MixerDefinition] = {
     "attn": _definition(attention),
     "swa": _definition(attention),
+    "jet": _definition(jet_block),
+    "gated_delta_net": _definition(gated_delta_net),
+    "gla": _definition(gla),
 }
 
 

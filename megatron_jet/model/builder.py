@@ -35,7 +35,7 @@ def build_model(
 ) -> list[GPTModel]:
     """Build this rank's part of a model. `init_parallel` must have run with the same layout.
 
-    `chunk(tokens, position_ids, attention_mask=None, packed_seq_params=...)` gives logits [b, s, vocab / tp] on the last
+    `chunk(tokens, position_ids, attention_mask=None, packed_seq_params=...)` gives logits [b, s, vocab/tp] on the last
     stage. No mask is needed: every mixer is causal. Packed sequences are one row with their cu_seqlens.
 
     Args:

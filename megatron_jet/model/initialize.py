@@ -37,7 +37,8 @@ def random_layer(model: ModelConfig, layer: int, seed: int) -> dict[str, Tensor]
     for row in layer_rows(model, layer):
         for name, shape in zip(row.hf, row.shapes, strict=True):
             if name not in tensors:
-                tensors[name] = torch.ones(shape) if len(shape) == 1 else draw(shape, model.initializer_range, generator)
+                ones = len(shape) == 1
+                tensors[name] = torch.ones(shape) if ones else draw(shape, model.initializer_range, generator)
     return joined(layer_rows(model, layer), tensors, model)
 
 
@@ -55,7 +56,7 @@ def mixer_from_teacher(
 
 
 def mixer_state(model: ModelConfig, entry: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by Hugging Face name -> by checkpoint key, both relative (`self_attn.` and `self_attention.` left out)."""
+    """Tensors by HF name -> by checkpoint key, both relative (`self_attn.` and `self_attention.` left out)."""
     rows = mixer_rows(model, entry)
     state = joined(rows, {f"self_attn.{name}": tensor for name, tensor in tensors.items()}, model)
     return {key.removeprefix("self_attention."): tensor for key, tensor in state.items()}

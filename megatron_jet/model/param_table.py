@@ -7,7 +7,7 @@ from megatron_jet.mixers.registry import mixer_definition
 
 
 def param_table(model: ModelConfig) -> list[ParamRow]:
-    """Rows of a whole model, in the order of a Hugging Face checkpoint. With tied embeddings there is no lm_head row."""
+    """Rows of a whole model, in the order of an HF checkpoint. With tied embeddings there is no lm_head row."""
     vocab = (model.vocab_size, model.hidden_size)
     rows = [ParamRow("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), (vocab,))]
     for layer in range(model.num_layers):
