@@ -1,0 +1,183 @@
+"""A Megatron checkpoint (torch_dist) as a set of whole tensors by key: read one, write one, never all at once.
+
+Conversion and student initialisation work on whole tensors and need no model, no GPU and no process group. What is
+written here loads at any tensor- and pipeline-parallel layout, as a checkpoint saved by Megatron does.
+"""
+
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import WriteItem
+
+from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.files import write_json
+
+COMPLETE_MARK = "metadata.json"  # Megatron's own; written last, so that a directory without it is unfinished
+# Below this size one file holds everything; above, one file per tensor, because the writer keeps a file's tensors alive.
+SINGLE_FILE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is made when it is written, and dropped afterwards."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "LazyTensor":
+        return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+    @property
+    def bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class GlobalCheckpoint:
+    """Read access to the whole tensors of a checkpoint directory.
+
+    Raises:
+        UserError: no such directory, or one that is not a complete Megatron checkpoint.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise UserError(f"{path}: no such checkpoint directory")
+        if not (self.path / COMPLETE_MARK).is_file() or not (self.path / ".metadata").is_file():
+            raise UserError(f"{path}: not a complete Megatron checkpoint ({COMPLETE_MARK} or .metadata is missing)")
+        try:
+            metadata = FileSystemReader(self.path).read_metadata()
+        except Exception as error:
+            raise UserError(f"{path}: checkpoint metadata cannot be read ({_one_line(error)})") from None
+        self._entries = {
+            key: entry
+            for key, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+
+    def keys(self) -> list[str]:
+        return list(self._entries)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._entries
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._entry(key).size)
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self._entry(key).properties.dtype
+
+    def read(self, key: str) -> Tensor:
+        """One whole tensor on the CPU. Raises UserError for an unknown key or a damaged file."""
+        return self.read_many([key])[key]
+
+    def read_many(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        """Some whole tensors on the CPU, by key."""
+        tensors = {key: torch.empty(self.shape(key), dtype=self.dtype(key)) for key in keys}
+        try:
+            with _without_process_group():
+                dcp.load(dict(tensors), storage_reader=FileSystemReader(self.path), no_dist=True)
+        except (Exception, dcp.api.CheckpointException):  # the latter is not an Exception
+            names = ", ".join(list(tensors)[:3])
+            raise UserError(f"{self.path}: cannot read {names}; the checkpoint is damaged") from None
+        return tensors
+
+    def lazy(self, key: str) -> LazyTensor:
+        return LazyTensor(self.shape(key), self.dtype(key), lambda: self.read(key))
+
+    def _entry(self, key: str) -> TensorStorageMetadata:
+        if key not in self._entries:
+            raise UserError(f"{self.path}: checkpoint has no tensor '{key}'")
+        return self._entries[key]
+
+
+class _LazyPlanner(DefaultSavePlanner):
+    """Plans with tensors on the meta device and makes each one at the moment it is written."""
+
+    def __init__(self, tensors: Mapping[str, LazyTensor]):
+        super().__init__(flatten_state_dict=False)
+        self._tensors = tensors
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        key = write_item.index.fqn
+        lazy = self._tensors[key]
+        tensor = lazy.make().detach().to("cpu", lazy.dtype).contiguous()
+        if tuple(tensor.shape) != lazy.shape:
+            raise ValueError(f"{key}: made a tensor of shape {tuple(tensor.shape)}, announced {lazy.shape}")
+        return tensor
+
+
+def write_checkpoint(
+    path: str | Path, tensors: Mapping[str, LazyTensor | Tensor], model_config: dict | None = None
+) -> None:
+    """Write a complete checkpoint, or nothing: a temporary directory beside `path` is renamed at the end.
+
+    Args:
+        path: directory to make; an existing one is replaced.
+        tensors: whole tensors by checkpoint key.
+        model_config: kept beside the weights as model_config.json.
+    """
+    lazy = {key: LazyTensor.of(t) if isinstance(t, Tensor) else t for key, t in tensors.items()}
+    with replaced_directory(path) as temporary:
+        single = sum(t.bytes for t in lazy.values()) <= SINGLE_FILE_BYTES
+        writer = FileSystemWriter(temporary, single_file_per_rank=single, thread_count=1)
+        plan = {key: torch.empty(t.shape, dtype=t.dtype, device="meta") for key, t in lazy.items()}
+        try:
+            with _without_process_group():
+                dcp.save(plan, storage_writer=writer, planner=_LazyPlanner(lazy), no_dist=True)
+        except dcp.api.CheckpointException as error:
+            raise next(iter(error.failures.values()))[0] from None  # the user error of a row, not its wrapping
+        torch.save({}, temporary / "common.pt")
+        if model_config is not None:
+            write_json(temporary / "model_config.json", model_config)
+        write_json(temporary / COMPLETE_MARK, {"sharded_backend": "torch_dist", "sharded_backend_version": 1})
+
+
+@contextmanager
+def _without_process_group() -> Iterator[None]:
+    """Torch warns that it saves and loads in a single process; that is what is asked for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+@contextmanager
+def replaced_directory(path: str | Path) -> Iterator[Path]:
+    """A temporary directory that takes the place of `path` when the block ends well, and vanishes when it does not."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    try:
+        temporary.chmod(0o755)
+        yield temporary
+        old = None
+        if path.exists():
+            old = temporary.with_name(temporary.name + ".old")
+            os.rename(path, old)
+        os.rename(temporary, path)
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

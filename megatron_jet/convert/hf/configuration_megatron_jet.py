@@ -1,0 +1,210 @@
+"""Configurations of the hybrid models: the published `jet_nemotron` format and its superset `megatron_jet`."""
+
+import json
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PretrainedConfig
+
+SOFTMAX_MIXERS = ("attn", "swa")
+DELTA_RULE_SETTINGS = {"num_heads": int, "head_dim": int, "expand_v": float, "norm_eps": float, "conv_size": int}
+# Settings of each linear mixer with their types; the published files write norm_eps as the string "1e-5".
+MIXER_SETTINGS = {
+    "jet": {**DELTA_RULE_SETTINGS, "dconv_generator_reduction": int},
+    "gated_delta_net": DELTA_RULE_SETTINGS,
+    "gla": {
+        "num_heads": int,
+        "head_dim": int,
+        "expand_v": float,
+        "norm_eps": float,
+        "gate_low_rank_dim": int,
+        "gate_logit_normalizer": float,
+    },
+}
+SETTING_DEFAULTS = {
+    "expand_v": 2.0,
+    "norm_eps": 1e-5,
+    "conv_size": 4,
+    "dconv_generator_reduction": 8,
+    "gate_low_rank_dim": 16,
+    "gate_logit_normalizer": 16.0,
+}
+
+
+def whole_head_v_dim(kind: str, head_dim: int, expand_v: float) -> int:
+    """d_v of a value head. The published 2.6666666667 * 96 means 256: relative errors up to 1e-5 are rounding.
+
+    Raises:
+        ValueError: head_dim * expand_v is not a whole number.
+    """
+    exact = head_dim * expand_v
+    nearest = round(exact)
+    if nearest < 1 or abs(exact - nearest) > 1e-5 * exact:
+        raise ValueError(f"{kind}: expand_v={expand_v} times head_dim={head_dim} is not a whole number")
+    return nearest
+
+
+@strict
+class JetNemotronConfig(PretrainedConfig):
+    """The published format (`model_type: jet_nemotron`): Qwen2 with a mixer per layer.
+
+    Attributes:
+        layer_types: mixer of each layer, "jet", "swa" or "attn", named as in the published config.json.
+        efficient_attention_config: settings by mixer, {"jet": {...}, "swa": {"window_size": N}}.
+
+    The other attributes are Qwen2's. Building one raises ValueError for a layer type, window or head
+    count that no model can have.
+    """
+
+    model_type = "jet_nemotron"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    known_mixers = ("jet", "swa", "attn")
+
+    vocab_size: int = 151936
+    hidden_size: int = 1536
+    intermediate_size: int = 8960
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 131072
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    rope_theta: float | int = 1e6
+    rope_scaling: dict | None = None
+    attention_dropout: float | int = 0.0
+    layer_types: list[str] | str | None = None
+    efficient_attention_config: dict | None = None
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if isinstance(self.layer_types, str):
+            self.layer_types = self._parse_layer_types(self.layer_types)
+        self._accept_rope_parameters(kwargs.pop("rope_parameters", None))
+        super().__post_init__(**kwargs)
+
+    @staticmethod
+    def _parse_layer_types(text: str) -> list[str]:
+        """Some copies of the published files hold the list as a string. It is parsed, never evaluated."""
+        try:
+            return json.loads(text.replace("'", '"'))
+        except json.JSONDecodeError:
+            raise ValueError(f"layer_types {text!r} is not a list of mixer names") from None
+
+    def _accept_rope_parameters(self, parameters: dict | None) -> None:
+        """Files written by transformers 5 hold rope_theta inside rope_parameters."""
+        if parameters:
+            self.rope_theta = parameters.get("rope_theta", self.rope_theta)
+            self.rope_scaling = {"rope_type": parameters.get("rope_type", "default")}
+
+    def validate_layer_type(self) -> None:
+        """Checks the layer types against this format's names.
+
+        transformers allows only its own names in an attribute called `layer_types` and leaves this
+        hook to override, which keeps config.json as published.
+        """
+        kinds = self.layer_types
+        if kinds is None:
+            raise ValueError("layer_types is missing: name the mixer of each layer")
+        unknown = sorted(set(kinds) - set(self.known_mixers))
+        if unknown:
+            raise ValueError(f"layer_types has {unknown[0]!r}; {self.model_type} knows {', '.join(self.known_mixers)}")
+        if len(kinds) != self.num_hidden_layers:
+            raise ValueError(f"layer_types has {len(kinds)} entries for {self.num_hidden_layers} layers")
+        for layer, kind in enumerate(kinds):
+            if kind == "swa":
+                self.window(layer)
+            elif kind not in SOFTMAX_MIXERS:
+                self.mixer_settings(kind)
+
+    def validate_softmax_layers(self) -> None:
+        """Checks what the softmax attention layers and the MLP need."""
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} does not divide by "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.softmax_head_dim % 2 or self.softmax_head_dim < 1:
+            raise ValueError(f"head_dim={self.softmax_head_dim} is not even, as rotary embeddings need")
+        if (self.rope_scaling or {}).get("rope_type", "default") != "default":
+            raise ValueError(f"rope_scaling={self.rope_scaling} is not supported, only null")
+
+    @property
+    def softmax_head_dim(self) -> int:
+        """Width of a softmax attention head."""
+        return getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
+
+    def mixer_settings(self, kind: str) -> dict[str, Any]:
+        """Settings of a linear mixer with their types and defaults, and its `head_v_dim`.
+
+        Raises:
+            ValueError: a setting is missing, has the wrong type or is not positive.
+        """
+        given = (self.efficient_attention_config or {}).get(kind)
+        if given is None:
+            raise ValueError(f"layer_types uses {kind!r} but efficient_attention_config has no {kind!r}")
+        settings = {}
+        for name, of_type in MIXER_SETTINGS[kind].items():
+            value = given.get(name, SETTING_DEFAULTS.get(name))
+            try:
+                settings[name] = of_type(value)
+            except (TypeError, ValueError):
+                raise ValueError(f"efficient_attention_config.{kind}.{name}={value!r} is not a number") from None
+            if settings[name] <= 0 or (of_type is int and settings[name] != float(value)):
+                raise ValueError(f"efficient_attention_config.{kind}.{name}={value!r} is not a positive {of_type.__name__}")
+        settings["head_v_dim"] = whole_head_v_dim(kind, settings["head_dim"], settings["expand_v"])
+        return settings
+
+    def window(self, layer: int) -> int | None:
+        """Tokens that a query of this layer sees, itself included; None where the layer has no window.
+
+        Raises:
+            ValueError: the layer is "swa" and its window is missing or below 1.
+        """
+        if self.layer_types[layer] != "swa":
+            return None
+        window = self._given_window(layer)
+        if not isinstance(window, int) or isinstance(window, bool) or window < 1:
+            raise ValueError(f"layer {layer} is 'swa' but its window is {window!r}, not a whole number above 0")
+        return window
+
+    def _given_window(self, layer: int) -> Any:
+        return ((self.efficient_attention_config or {}).get("swa") or {}).get("window_size")
+
+
+@strict
+class MegatronJetConfig(JetNemotronConfig):
+    """The superset (`model_type: megatron_jet`): more mixers, a window per layer, other base models.
+
+    Attributes:
+        layer_types: also "gated_delta_net" and "gla".
+        windows: window of each layer (null where it has none), when "swa" layers differ.
+        head_dim: width of a softmax head, when it is not hidden_size / num_attention_heads.
+        qkv_bias: whether the softmax layers' Q, K and V projections have biases.
+        qk_norm: whether the softmax layers normalise each query and key head (RMSNorm).
+    """
+
+    model_type = "megatron_jet"
+    known_mixers = ("jet", "swa", "attn", "gated_delta_net", "gla")
+
+    head_dim: int | None = None
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    windows: list[int | None] | None = None
+
+    def validate_windows(self) -> None:
+        """Checks that `windows` has one entry per layer."""
+        if self.windows is not None and len(self.windows) != self.num_hidden_layers:
+            raise ValueError(f"windows has {len(self.windows)} entries for {self.num_hidden_layers} layers")
+
+    def _given_window(self, layer: int) -> Any:
+        return super()._given_window(layer) if self.windows is None else self.windows[layer]
+
+
+__all__ = ["JetNemotronConfig", "MegatronJetConfig"]

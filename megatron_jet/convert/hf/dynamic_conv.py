@@ -1,0 +1,1 @@
+../../../kernels/jet_kernels/dynamic_conv/reference.py

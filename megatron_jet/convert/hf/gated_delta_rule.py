@@ -1,0 +1,1 @@
+../../../kernels/jet_kernels/gated_delta_rule/reference.py

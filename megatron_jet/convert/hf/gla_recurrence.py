@@ -1,0 +1,1 @@
+../../../kernels/jet_kernels/gla/reference.py

@@ -1,0 +1,1 @@
+../../../kernels/jet_kernels/norm_gate/reference.py

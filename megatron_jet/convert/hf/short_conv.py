@@ -1,0 +1,1 @@
+../../../kernels/jet_kernels/short_conv/reference.py

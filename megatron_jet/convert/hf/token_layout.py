@@ -1,0 +1,218 @@
+"""Which tokens of a batch are real, which sequence each belongs to, and where it goes in the cache.
+
+Worked out once per forward pass and shared by all layers.
+
+    B = batch rows, T = tokens per row in this pass, S = keys, N = sequences, M = real tokens in all rows
+
+A row's *real* tokens are those that the attention mask keeps. A token's *count* is the number of real
+tokens of its row before it, cached ones included. Caches hold real tokens only, so padding at either
+end, or in the middle, changes nothing. Several documents packed in a row are told apart by their
+position ids: a new one starts wherever they do not go up by one.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The real tokens of a batch as one packed row, for layers that carry a state.
+
+    indices: place of each real token in the flattened [B * T] batch [M].
+    cu_seqlens: boundaries of the sequences among the M tokens [N + 1].
+    rows: batch row of each sequence [N].
+    continues: whether the sequence goes on from the row's cached state [N].
+    last: the last sequence of each row that has one [at most B].
+    """
+
+    indices: torch.Tensor
+    cu_seqlens: torch.Tensor
+    rows: torch.Tensor
+    continues: torch.Tensor
+    last: torch.Tensor
+
+
+@dataclass
+class TokenLayout:
+    """Tokens of one forward pass.
+
+    start: real tokens already cached in each row; the bound on them where rows differ.
+    starts: the same per row [B], or None where all rows agree.
+    valid: real tokens [B, T] bool, or None where all are real.
+    positions: for the rotary embedding [B or 1, T].
+    document: count of the first token of each token's document [B, T], or None where each row is one document.
+    """
+
+    batch: int
+    length: int
+    start: int
+    starts: torch.Tensor | None
+    valid: torch.Tensor | None
+    positions: torch.Tensor
+    document: torch.Tensor | None = None
+    _masks: dict = field(default_factory=dict)
+
+    @classmethod
+    def build(
+        cls,
+        shape: tuple[int, int],
+        device: torch.device,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        start: int = 0,
+        starts: torch.Tensor | None = None,
+    ) -> "TokenLayout":
+        """Reads the layout off a model's inputs.
+
+        Args:
+            shape: (B, T) of this pass.
+            device: where the model's inputs are.
+            attention_mask: [B, at least T]; the last T columns belong to this pass, 0 means padding.
+            position_ids: [B or 1, T]; by default the counts.
+            start, starts: as the fields.
+
+        Raises:
+            ValueError: the mask is not two-dimensional or does not fit the tokens.
+        """
+        batch, length = shape
+        valid = _real_tokens(attention_mask, batch, length)
+        layout = cls(batch, length, start, starts, valid, position_ids)
+        if position_ids is None:
+            aligned = torch.arange(start, start + length, device=device).unsqueeze(0)
+            layout.positions = aligned if layout.aligned else layout.counts(device).clamp(min=0)
+        else:
+            layout.document = layout._find_documents(position_ids.expand(batch, length))
+        return layout
+
+    @property
+    def aligned(self) -> bool:
+        """All rows hold equally many real tokens and no padding, so cache writes are plain slices."""
+        return self.starts is None and self.valid is None
+
+    @property
+    def dense(self) -> bool:
+        """One document per row, all rows alike: no mask beyond causality."""
+        return self.aligned and self.document is None
+
+    def counts(self, device: torch.device | None = None) -> torch.Tensor:
+        """Count of each token [B, T]; a padding token has that of the last real one before it."""
+        device = device or self.positions.device
+        starts = torch.full((self.batch,), self.start, device=device) if self.starts is None else self.starts
+        if self.valid is None:
+            steps = torch.arange(self.length, device=device).expand(self.batch, -1)
+        else:
+            steps = self.valid.long().cumsum(1) - 1
+        return starts[:, None] + steps
+
+    def key_counts(self) -> torch.Tensor:
+        """Count of each token as a key [B, T], -1 for padding."""
+        counts = self.counts()
+        return counts if self.valid is None else counts.masked_fill(~self.valid, -1)
+
+    def lengths_after(self) -> torch.Tensor:
+        """Real tokens of each row after this pass [B]."""
+        return self.counts()[:, -1] + 1
+
+    def visible(self, key_counts: torch.Tensor, window: int | None) -> torch.Tensor:
+        """Attention mask, True where a query sees a key [B, 1, T, S].
+
+        A padding query sees every key: its output is thrown away, but has to be finite.
+
+        Args:
+            key_counts: count of each key [B or 1, S], negative where there is none.
+            window: tokens that a query sees, or None.
+        """
+        shared = key_counts.shape[1], window  # layers alike in both see the same keys, so they share the mask
+        if shared not in self._masks:
+            query, key = self.counts()[:, :, None], key_counts[:, None, :]
+            seen = (key <= query) & (key >= (0 if self.document is None else self.document[:, :, None]))
+            if window is not None:
+                seen &= key > query - window
+            if self.valid is not None:
+                seen |= ~self.valid[:, :, None]
+            self._masks[shared] = seen[:, None]
+        return self._masks[shared]
+
+    def places_in_cache(self, window: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Row, column and cache slot of each token to keep, for rows that differ."""
+        counts = self.counts()
+        keep = torch.ones_like(counts, dtype=torch.bool) if self.valid is None else self.valid
+        if window is not None:
+            keep = keep & (counts >= self.lengths_after()[:, None] - window)
+        rows, columns = keep.nonzero(as_tuple=True)
+        slots = counts[rows, columns]
+        return rows, columns, slots if window is None else slots % window
+
+    @cached_property
+    def sequences(self) -> Sequences | None:
+        """The packed form, or None where the batch is dense."""
+        if self.valid is None and self.document is None:
+            return None
+        counts = self.counts()
+        real = torch.ones_like(counts, dtype=torch.bool) if self.valid is None else self.valid
+        document = torch.zeros_like(counts) if self.document is None else self.document
+        row_start = self.start if self.starts is None else self.starts[:, None]
+        indices = real.flatten().nonzero().squeeze(1)  # [M]
+        begins = ((counts == document) | (counts == row_start)).flatten()[indices]
+        first = begins.nonzero().squeeze(1)  # [N]
+        rows = indices[first] // self.length
+        ends_row = torch.ones_like(rows, dtype=torch.bool)
+        ends_row[:-1] = rows[1:] != rows[:-1]
+        return Sequences(
+            indices=indices,
+            cu_seqlens=torch.cat([first, first.new_tensor([len(indices)])]),
+            rows=rows,
+            continues=(document < counts).flatten()[indices[first]],
+            last=ends_row.nonzero().squeeze(1),
+        )
+
+    def pack(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, T, D] -> [1, M, D], the real tokens only; unchanged where the batch is dense."""
+        if self.sequences is None:
+            return x
+        return x.flatten(0, 1).index_select(0, self.sequences.indices).unsqueeze(0)
+
+    def unpack(self, x: torch.Tensor) -> torch.Tensor:
+        """The reverse of `pack`; padding gets zeros."""
+        if self.sequences is None:
+            return x
+        flat = x.new_zeros(self.batch * self.length, x.shape[-1]).index_copy(0, self.sequences.indices, x[0])
+        return flat.view(self.batch, self.length, -1)
+
+    def _find_documents(self, positions: torch.Tensor) -> torch.Tensor | None:
+        """Count of the first token of each token's document, from where position ids break off."""
+        counts = self.counts()
+        offset = positions - counts  # constant inside a document
+        if self.valid is None:
+            before = offset
+            has_before = torch.ones_like(offset, dtype=torch.bool)
+        else:
+            columns = torch.arange(self.length, device=offset.device).expand_as(offset)
+            latest = columns.masked_fill(~self.valid, -1).cummax(1).values  # the last real token up to here
+            before, has_before = offset.gather(1, latest.clamp(min=0)), latest >= 0
+        breaks = torch.zeros_like(has_before)
+        breaks[:, 1:] = has_before[:, :-1] & (offset[:, 1:] != before[:, :-1])
+        if self.valid is not None:
+            breaks &= self.valid
+        began = counts.masked_fill(~breaks, -1).cummax(1).values
+        # A document that began in an earlier pass did so as many tokens ago as its positions say.
+        earlier = (-offset).clamp(min=0)
+        row_start = self.start if self.starts is None else self.starts[:, None]
+        earlier = torch.where(torch.as_tensor(row_start, device=offset.device) > 0, earlier, 0)
+        document = torch.where(began >= 0, began, earlier)
+        if self.valid is not None:
+            document = document.masked_fill(~self.valid, 0)
+        return document if bool(document.any()) else None
+
+
+def _real_tokens(attention_mask: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
+    """The last `length` columns of the mask as booleans, None where they are all real."""
+    if attention_mask is None:
+        return None
+    shape = tuple(attention_mask.shape)
+    if len(shape) != 2 or shape[0] != batch or shape[1] < length:
+        raise ValueError(f"attention_mask has shape {shape}, expected [{batch}, at least {length}] with 0 for padding")
+    valid = attention_mask[:, -length:] != 0
+    return None if bool(valid.all()) else valid
