@@ -1,6 +1,8 @@
 """Process groups and seeds of one layout. Can be set up and taken down many times in one process."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -65,3 +67,23 @@ def destroy_parallel() -> None:
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def parallel_session(parallel: ParallelConfig, seed: int) -> Iterator[None]:
+    """`init_parallel` for the length of a block.
+
+    A torch.distributed world that was there before stays, so that a worker can go through several layouts; torchrun's
+    store cannot serve two worlds of one process after each other.
+    """
+    own_world = not dist.is_initialized()
+    init_parallel(parallel, seed)
+    try:
+        yield
+    finally:
+        if own_world:
+            destroy_parallel()
+        else:
+            parallel_state.destroy_model_parallel()  # forgets its groups but leaves them and their threads alive
+            for group in [g for g in dist.distributed_c10d._world.pg_map if g is not dist.group.WORLD]:
+                dist.destroy_process_group(group)
