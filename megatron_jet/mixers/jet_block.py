@@ -72,8 +72,8 @@ def init_random(config: JetBlockConfig, model: ModelConfig, generator: torch.Gen
     the same and the generator can learn.
     """
     tensors = delta_rule_start(config, model, generator)
-    taps = config.value_dim * config.conv_size
-    tensors[f"{GENERATOR}w1.weight"] = draw((config.generator_dim, model.hidden_size), model.initializer_range, generator)
+    taps, narrow = config.value_dim * config.conv_size, (config.generator_dim, model.hidden_size)
+    tensors[f"{GENERATOR}w1.weight"] = draw(narrow, model.initializer_range, generator)
     tensors[f"{GENERATOR}w2.weight"] = torch.zeros(taps, config.generator_dim)
     tensors[f"{GENERATOR}w2.bias"] = draw((taps,), BIAS_STD, generator)
     return tensors
