@@ -21,6 +21,7 @@ from megatron_jet.mixers.backend import select_backend
 from megatron_jet.mixers.registry import mixer_definition
 from megatron_jet.model.initialize import initialize
 from megatron_jet.model.layer import layer_spec
+from megatron_jet.model.paths import Choices, check_choices, choice_layer_spec
 from megatron_jet.model.transformer_config import transformer_config
 
 
@@ -30,6 +31,7 @@ def build_model(
     *,
     dtype: str = "fp32",
     fp8: bool = False,
+    choices: Choices | None = None,
     recompute: bool = False,
     init_seed: int | None = 0,
 ) -> list[GPTModel]:
@@ -43,6 +45,7 @@ def build_model(
         parallel: the layout.
         dtype: "fp32" or "bf16". A_log of the gated delta rule stays in fp32.
         fp8: run linears in FP8 (Transformer Engine only).
+        choices: for a supernet, the plan entries that each layer may take (model/paths.py); the layer plan's run first.
         recompute: recompute each layer's activations in the backward pass.
         init_seed: seed of the initial weights, which do not depend on the layout; None leaves the matrices zero, for
             callers that load every tensor.
@@ -55,20 +58,27 @@ def build_model(
     """
     config = transformer_config(model, parallel, dtype=dtype, fp8=fp8)
     backend = select_backend(fp8)
-    specs = layer_specs(model, backend, recompute=recompute)
+    specs = layer_specs(model, backend, choices=choices, recompute=recompute)
     stages = range(parallel.virtual_pipeline) if parallel.virtual_pipeline else [None]
     chunks = [_build_chunk(model, config, backend, specs, stage) for stage in stages]
     if init_seed is not None:
-        initialize(chunks, model, init_seed)
+        initialize(chunks, model, init_seed, choices)
     return chunks
 
 
-def layer_specs(model: ModelConfig, backend: BackendSpecProvider, *, recompute: bool = False) -> list[ModuleSpec]:
-    """Specs of all layers of the model, in order."""
+def layer_specs(
+    model: ModelConfig, backend: BackendSpecProvider, *, choices: Choices | None = None, recompute: bool = False
+) -> list[ModuleSpec]:
+    """Specs of all layers of the model, in order. Raises UserError when the choices do not fit the model."""
+    if choices is not None:
+        check_choices(model, choices)
     specs = []
     for i, entry in enumerate(model.layer_plan):
-        definition = mixer_definition(split_entry(entry)[0])
-        specs.append(layer_spec(definition.spec(model.mixer(i), model, backend), backend, recompute))
+        if choices is not None:
+            mixer = choice_layer_spec(model, choices[i], entry, backend)
+        else:
+            mixer = mixer_definition(split_entry(entry)[0]).spec(model.mixer(i), model, backend)
+        specs.append(layer_spec(mixer, backend, recompute))
     return specs
 
 

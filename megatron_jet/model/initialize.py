@@ -7,19 +7,26 @@ from torch import Tensor, nn
 
 from megatron_jet.configs.layer_plan import split_entry
 from megatron_jet.configs.model import ModelConfig
+from megatron_jet.mixers.choice import weight_path
 from megatron_jet.mixers.layouts import join
 from megatron_jet.mixers.params import AttentionWeights, ParamRow, draw
 from megatron_jet.mixers.registry import mixer_definition
 from megatron_jet.model.param_table import layer_rows, mixer_rows, param_table
+from megatron_jet.model.paths import Choices, insert_plan
 from megatron_jet.model.state import load_tensors, local_keys
 
 
-def initialize(chunks: list[nn.Module], model: ModelConfig, seed: int) -> None:
-    """Fill a model as Hugging Face does: matrices N(0, initializer_range), norms one, mixers by their own rule."""
+def initialize(chunks: list[nn.Module], model: ModelConfig, seed: int, choices: Choices | None = None) -> None:
+    """Fill a model as Hugging Face does: matrices N(0, initializer_range), norms one, mixers by their own rule.
+
+    In a supernet every path is drawn as if it were the layer plan's, so its start does not depend on the other paths.
+    """
     held = local_keys(chunks)
     for layer in range(model.num_layers):
         if any(key.startswith(f"decoder.layers.{layer}.") for key in held):
-            load_tensors(chunks, random_layer(model, layer, seed), strict=False)
+            paths = [None] if choices is None else dict.fromkeys(weight_path(name) for name in choices[layer])
+            for path in paths:
+                load_tensors(chunks, random_layer(model, layer, seed, path), strict=False)
     generator = torch.Generator().manual_seed(seed)
     for row in param_table(model):
         if not row.key.startswith("decoder.layers."):
@@ -29,17 +36,23 @@ def initialize(chunks: list[nn.Module], model: ModelConfig, seed: int) -> None:
                 load_tensors(chunks, {row.key: full}, strict=False)
 
 
-def random_layer(model: ModelConfig, layer: int, seed: int) -> dict[str, Tensor]:
-    """Random full tensors of one layer, by checkpoint key."""
+def random_layer(model: ModelConfig, layer: int, seed: int, path: str | None = None) -> dict[str, Tensor]:
+    """Random full tensors of one layer, by checkpoint key; with `path`, of a supernet's layer and this path of it."""
+    if path is not None:
+        plan = (*model.layer_plan[:layer], path, *model.layer_plan[layer + 1 :])
+        model = model.with_plan(plan)
     generator = layer_generator(seed, layer)
-    tensors = mixer_from_scratch(model, model.layer_plan[layer], generator)
-    tensors = {f"model.layers.{layer}.self_attn.{name}": tensor for name, tensor in tensors.items()}
-    for row in layer_rows(model, layer):
-        for name, shape in zip(row.hf, row.shapes, strict=True):
-            if name not in tensors:
+    rows = layer_rows(model, layer)
+    tensors = {}
+    for row in rows:
+        if ".self_attention." not in row.key:
+            for name, shape in zip(row.hf, row.shapes, strict=True):
                 ones = len(shape) == 1
                 tensors[name] = torch.ones(shape) if ones else draw(shape, model.initializer_range, generator)
-    return joined(layer_rows(model, layer), tensors, model)
+    mixer = mixer_from_scratch(model, model.layer_plan[layer], generator)
+    tensors |= {f"model.layers.{layer}.self_attn.{name}": tensor for name, tensor in mixer.items()}
+    state = joined(rows, tensors, model)
+    return state if path is None else insert_plan(state, model.layer_plan)
 
 
 def mixer_from_scratch(model: ModelConfig, entry: str, generator: torch.Generator) -> dict[str, Tensor]:
