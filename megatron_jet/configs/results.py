@@ -41,11 +41,12 @@ class StageResult(StrictModel):
 class PrepareResult(StageResult):
     """Teacher imported into a Megatron checkpoint, data prepared."""
 
-    teacher_path: str = Field(description="HF directory")
+    teacher_path: str = Field(description="HF directory, or 'bundled:tiny', as in the config")
     teacher_checkpoint: str = Field(description="relative to the run directory")
     teacher_config: dict[str, Any] = Field(description="ModelConfig")
     data_path: str
     tokenizer_path: str
+    teacher_hash: str = Field(description="of config.json and the weights")
     data_index_hash: str
     sources: list[str]
 
@@ -105,7 +106,11 @@ class CandidateResult(StrictModel):
     analytic_flops_per_token: float
     scores: Scores
     final_losses: dict[str, float]
-    tokens: int
+    tokens: int = Field(description="training tokens; also of an equal candidate whose result was reused")
+    analytic_tokens_per_second: dict[str, float] = Field(description="by context, from the cost formulas")
+    recipe_hash: str = Field(description="of everything that decides the result; equal candidates are trained once")
+    reused_from: str | None = Field(default=None, description="stage that trained an equal candidate")
+    ablation: bool = Field(default=False, description="shown for comparison, cannot win")
     measured: Measured
 
 

@@ -25,7 +25,7 @@ from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import write_json
 
 COMPLETE_MARK = "metadata.json"  # Megatron's own; written last, so that a directory without it is unfinished
-# Below this size one file holds everything; above, one file per tensor, because the writer keeps a file's tensors alive.
+# Below this size one file holds everything; above, one file per tensor: the writer keeps a file's tensors alive.
 SINGLE_FILE_BYTES = 1 << 30
 
 
@@ -69,8 +69,8 @@ class GlobalCheckpoint:
             if isinstance(entry, TensorStorageMetadata)
         }
 
-    def keys(self) -> list[str]:
-        return list(self._entries)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
 
     def __contains__(self, key: str) -> bool:
         return key in self._entries

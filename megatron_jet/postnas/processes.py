@@ -1,0 +1,80 @@
+"""The processes that run a stage together: a world for the length of a worker, and work that rank 0 does for all."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_jet.training.signals import SIGNALS, Interrupted
+
+
+@contextmanager
+def world() -> Iterator[None]:
+    """Start torch.distributed when torchrun started several of us; a single process needs no world between layouts."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def on_main[T](function: Callable[[], T]) -> T:
+    """Run `function` on rank 0 and give its result to every rank; an exception is raised on every rank."""
+    if world_size() == 1:
+        return function()
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome = [function(), None]
+        except Exception as error:
+            outcome = [None, error]
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def gather[T](value: T) -> list[T]:
+    """Every rank's value, on every rank, in rank order."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Turn SIGTERM, SIGUSR1 and Ctrl-C into `Interrupted` at the next bytecode.
+
+    The trainer puts its own handlers in place while it runs. Everything else a stage does is either written or not, so
+    it can stop anywhere.
+    """
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        raise Interrupted(f"stopped by {signal.Signals(number).name}")
+
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

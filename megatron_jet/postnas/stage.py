@@ -1,0 +1,149 @@
+"""What a stage is: its inputs, its work, its place in the run directory, and pieces of work that survive a kill."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_jet.configs.base import StrictModel
+from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.files import hash_json, read_json, write_json
+from megatron_jet.configs.model import ModelConfig
+from megatron_jet.configs.results import RESULT_TYPES, PrepareResult, StageResult
+from megatron_jet.configs.run import RunConfig
+from megatron_jet.configs.training import DataConfig, ParallelConfig
+from megatron_jet.postnas.processes import on_main
+from megatron_jet.postnas.status import StageStatus
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """Where a stage runs.
+
+    Attributes:
+        run_dir: run directory.
+        config: the resolved config.
+        status: of the running stage; written on rank 0.
+    """
+
+    run_dir: Path
+    config: RunConfig
+    status: StageStatus = field(default_factory=StageStatus)
+
+    def stage_dir(self, stage: str) -> Path:
+        return self.run_dir / "stages" / stage
+
+    def result(self, stage: str) -> Any:
+        """Result of a finished stage. Raises UserError when there is none."""
+        path = self.stage_dir(stage) / "result.json"
+        if not path.is_file():
+            raise UserError(f"stage '{stage}' has not finished in {self.run_dir}; run it first (--stages {stage})")
+        return RESULT_TYPES[stage].parse(read_json(path), str(path))
+
+    def upstream(self, stage: str) -> dict[str, Any]:
+        """A finished stage's result as input of another: everything but clock figures."""
+        return strip_measured(self.result(stage).to_dict())
+
+    def relative(self, path: Path) -> str:
+        """A path as results store it: relative to the run directory where it lies inside, so that runs can be moved."""
+        path = Path(path)
+        return str(path.relative_to(self.run_dir)) if path.is_relative_to(self.run_dir) else str(path)
+
+    def path(self, stored: str) -> Path:
+        """Inverse of `relative`."""
+        return self.run_dir / stored
+
+    def layout(self, stage: str) -> ParallelConfig:
+        """Parallel layout of a stage's training."""
+        settings = self.config.stage(stage)
+        return getattr(settings.resources, "parallel", None) or self.config.parallel
+
+    @property
+    def prepared(self) -> PrepareResult:
+        return self.result("prepare")
+
+    @property
+    def teacher(self) -> ModelConfig:
+        """Shape of the teacher."""
+        return ModelConfig.parse(self.prepared.teacher_config, "prepare result")
+
+    @property
+    def teacher_checkpoint(self) -> Path:
+        return self.path(self.prepared.teacher_checkpoint)
+
+    @property
+    def data(self) -> DataConfig:
+        """The data config with the prepared directory in place."""
+        return self.config.data.replace(path=str(self.path(self.prepared.data_path)))
+
+
+class Stage(Protocol):
+    """One step of PostNAS. A new one is a file with such an object and a line in catalog.py.
+
+    Attributes:
+        name: as in STAGE_ORDER.
+    """
+
+    name: str
+
+    def inputs(self, ctx: StageContext) -> dict[str, Any]:
+        """Everything the result depends on, as JSON: settings, and results of earlier stages without clock figures."""
+
+    def run(self, ctx: StageContext, inputs_hash: str) -> StageResult:
+        """Do the work; collective over all ranks. What is done twice after a kill must come out the same."""
+
+
+def common_inputs(ctx: StageContext, stage: str, *upstream: str) -> dict[str, Any]:
+    """Inputs that every stage has. How many processes share the work is not one of them."""
+    settings = ctx.config.stage(stage)
+    return {
+        "seed": ctx.config.seed,
+        "dtype": ctx.config.dtype,
+        "blend": ctx.config.data.to_dict(),
+        "settings": None if settings is None else {k: v for k, v in settings.to_dict().items() if k != "resources"},
+        "upstream": {name: ctx.upstream(name) for name in upstream},
+    }
+
+
+def strip_measured(value: Any) -> Any:
+    """A copy of a JSON value without anything under a key `measured` (or `..._measured`)."""
+    if isinstance(value, dict):
+        return {k: strip_measured(v) for k, v in value.items() if k != "measured" and not k.endswith("_measured")}
+    if isinstance(value, list | tuple):
+        return [strip_measured(item) for item in value]
+    return value
+
+
+def persisted[M: StrictModel](path: Path, kind: type[M], compute: Callable[[], M]) -> M:
+    """The result of a piece of work, from its file where a run before this one finished it. Collective.
+
+    Args:
+        path: JSON file; lies in the stage's directory, which is emptied when the stage's inputs change.
+        kind: what the file holds.
+        compute: the work, run on all ranks; its value must be equal on all ranks.
+    """
+    stored = on_main(lambda: read_json(path) if path.is_file() else None)
+    if stored is not None:
+        stored.pop("schema_version", None)
+        return kind.parse(stored, str(path))
+    value = compute()
+    on_main(lambda: write_json(path, value.to_dict()))
+    return value
+
+
+class Stopwatch:
+    """Seconds of a stage over all its restarts. The status file carries what earlier attempts took."""
+
+    def __init__(self, status: StageStatus):
+        self._start = time.monotonic()
+        self._before = status.seconds_before
+
+    @property
+    def seconds(self) -> float:
+        return self._before + time.monotonic() - self._start
+
+
+def inputs_hash(inputs: dict[str, Any]) -> str:
+    """Hash that binds a result to its inputs."""
+    return hash_json(inputs)
