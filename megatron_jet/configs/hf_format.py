@@ -1,0 +1,224 @@
+"""Hugging Face config.json <-> ModelConfig, for plain Qwen2, Qwen3 and Llama and for both hybrid formats. No torch.
+
+`jet_nemotron` is the published format; it knows jet, attn and swa layers with one window for the model. `megatron_jet`
+is its superset: more mixers, a window per layer, other base models. A model is written in the narrowest format that
+fits.
+"""
+
+import json
+from typing import Any
+
+from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.layer_plan import LayerPlan, split_entry
+from megatron_jet.configs.mixers.registry import LINEAR_MIXERS, mixer_config_class
+from megatron_jet.configs.model import ModelConfig
+
+ARCHITECTURES = {
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "jet_nemotron": "JetNemotronForCausalLM",
+    "megatron_jet": "MegatronJetForCausalLM",
+}
+# Whether Q, K and V have biases, and Q and K a norm per head.
+BASE_TRAITS = {"qwen2": (True, False), "qwen3": (False, True), "llama": (False, False)}
+HYBRIDS = ("jet_nemotron", "megatron_jet")
+
+
+def model_from_hf(config: dict[str, Any], where: str = "config.json") -> ModelConfig:
+    """Read a config.json.
+
+    Args:
+        config: its content.
+        where: names the file in messages.
+
+    Raises:
+        UserError: a model type, mixer or setting that this project cannot express, or a key that is missing.
+    """
+    model_type = config.get("model_type")
+    if model_type not in ARCHITECTURES:
+        raise UserError(f"{where}: model_type '{model_type}' is not supported; known: {', '.join(ARCHITECTURES)}")
+    _refuse_unsupported(config, where)
+    base = config.get("base_model_type", "qwen2") if model_type in HYBRIDS else model_type
+    if base not in BASE_TRAITS:
+        raise UserError(f"{where}: base_model_type '{base}' is not supported; known: {', '.join(BASE_TRAITS)}")
+    qkv_bias, qk_norm = BASE_TRAITS[base]
+    heads = _required(config, "num_attention_heads", where)
+    hidden = _required(config, "hidden_size", where)
+    num_layers = _required(config, "num_hidden_layers", where)
+    return ModelConfig.parse(
+        {
+            "hidden_size": hidden,
+            "intermediate_size": _required(config, "intermediate_size", where),
+            "num_layers": num_layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": config.get("num_key_value_heads") or heads,
+            "head_dim": config.get("head_dim") or hidden // heads,
+            "vocab_size": _required(config, "vocab_size", where),
+            "max_position_embeddings": config.get("max_position_embeddings", 32768),
+            "rope_theta": _rope_theta(config, base),
+            "rms_norm_eps": float(config.get("rms_norm_eps", 1e-6)),
+            "initializer_range": config.get("initializer_range", 0.02),
+            # Without the key Hugging Face ties in the hybrid formats and does not in the others.
+            "tie_word_embeddings": config.get("tie_word_embeddings", model_type in HYBRIDS),
+            "qkv_bias": config.get("qkv_bias", config.get("attention_bias", qkv_bias)),
+            "qk_norm": config.get("qk_norm", qk_norm),
+            "base_model_type": base,
+            "bos_token_id": config.get("bos_token_id"),
+            "eos_token_id": config.get("eos_token_id"),
+            "pad_token_id": config.get("pad_token_id"),
+            "layer_plan": _plan(config, model_type, num_layers, where),
+            "mixers": _mixers(config, where) if model_type in HYBRIDS else {},
+        },
+        where,
+    )
+
+
+def model_to_hf(model: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
+    """Write a config.json, without the `auto_map` of shipped code.
+
+    Args:
+        model: the model.
+        dtype: type of the saved weights, as torch names it.
+    """
+    model_type = hf_model_type(model)
+    config: dict[str, Any] = {
+        "model_type": model_type,
+        "architectures": [ARCHITECTURES[model_type]],
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.intermediate_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_key_value_heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": model.max_position_embeddings,
+        "initializer_range": model.initializer_range,
+        "rms_norm_eps": model.rms_norm_eps,
+        "use_cache": True,
+        "tie_word_embeddings": model.tie_word_embeddings,
+        "rope_theta": model.rope_theta,
+        "rope_scaling": None,
+        "attention_dropout": 0.0,
+        "bos_token_id": model.bos_token_id,
+        "eos_token_id": model.eos_token_id,
+        "pad_token_id": model.pad_token_id,
+        "torch_dtype": dtype,
+    }
+    if model_type != "qwen2" and model_type != "jet_nemotron":  # both derive it from hidden_size
+        config["head_dim"] = model.head_dim
+    if model_type in ("qwen3", "llama"):
+        config["attention_bias"] = False
+    if model_type in HYBRIDS:
+        config |= _hybrid_keys(model, model_type)
+    return config
+
+
+def hf_model_type(model: ModelConfig) -> str:
+    """The narrowest format that can express a model."""
+    kinds = {split_entry(entry)[0] for entry in model.layer_plan}
+    traits = (model.qkv_bias, model.qk_norm)
+    derived_head_dim = model.head_dim * model.num_attention_heads == model.hidden_size
+    base = model.base_model_type
+    if kinds == {"attn"} and traits == BASE_TRAITS[base] and (derived_head_dim or base != "qwen2"):
+        return base
+    one_window = len({split_entry(entry)[1] for entry in model.layer_plan} - {None}) <= 1
+    if kinds <= {"jet", "swa", "attn"} and one_window and derived_head_dim and base == "qwen2":
+        return "jet_nemotron" if traits == BASE_TRAITS["qwen2"] else "megatron_jet"
+    return "megatron_jet"
+
+
+def _hybrid_keys(model: ModelConfig, model_type: str) -> dict[str, Any]:
+    entries = [split_entry(entry) for entry in model.layer_plan]
+    windows = [window for _, window in entries]
+    distinct = sorted({window for window in windows if window is not None})
+    settings: dict[str, Any] = {}
+    for kind in LINEAR_MIXERS:
+        if any(entry_kind == kind for entry_kind, _ in entries):
+            settings[kind] = {**_published_extras(kind), **model.mixers[kind].to_dict()}
+            settings[kind].pop("static_kernel", None)  # a training ablation: its generator is zero in the weights
+    if distinct:
+        settings["swa"] = {"window_size": distinct[0]}
+    keys: dict[str, Any] = {"layer_types": [kind for kind, _ in entries], "efficient_attention_config": settings}
+    if model_type == "megatron_jet":
+        keys |= {"base_model_type": model.base_model_type, "qkv_bias": model.qkv_bias, "qk_norm": model.qk_norm}
+        if len(distinct) > 1:
+            keys["windows"] = windows
+    return keys
+
+
+def _published_extras(kind: str) -> dict[str, str]:
+    """Two keys of the published files that choose kernels there and mean nothing here."""
+    return {"mode": "chunk", "dconv_implementation": "triton"} if kind == "jet" else {}
+
+
+def _plan(config: dict[str, Any], model_type: str, num_layers: int, where: str) -> LayerPlan:
+    types = config.get("layer_types")
+    if isinstance(types, str):  # some copies of the published files hold the list as a string
+        try:
+            types = json.loads(types.replace("'", '"'))
+        except ValueError:
+            raise UserError(f"{where}: layer_types '{types}' is not a list of mixer names") from None
+    if model_type not in HYBRIDS:
+        return _plain_plan(config, types, num_layers, where)
+    if types is None:
+        raise UserError(f"{where}: layer_types is missing; name the mixer of each layer")
+    one_window = ((config.get("efficient_attention_config") or {}).get("swa") or {}).get("window_size")
+    windows = config.get("windows") or [one_window] * len(types)
+    if len(windows) != len(types):
+        raise UserError(f"{where}: windows has {len(windows)} entries but layer_types has {len(types)}")
+    return tuple(
+        f"swa:{window}" if kind == "swa" else str(kind) for kind, window in zip(types, windows, strict=True)
+    )
+
+
+def _plain_plan(config: dict[str, Any], types: list[str] | None, num_layers: int, where: str) -> LayerPlan:
+    """Plain models: full attention, except where Qwen2 and Qwen3 switch on their sliding window."""
+    window = config.get("sliding_window")
+    sliding = bool(config.get("use_sliding_window")) and window
+    if types is None:
+        first = config.get("max_window_layers", 28)
+        types = ["sliding_attention" if sliding and i >= first else "full_attention" for i in range(num_layers)]
+    names = {"full_attention": "attn", "sliding_attention": f"swa:{window}"}
+    for kind in types:
+        if kind not in names:
+            raise UserError(f"{where}: layer_types has '{kind}'; known here: {', '.join(names)}")
+    return tuple(names[kind] for kind in types)
+
+
+def _mixers(config: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:
+    """Settings of the linear mixers. Keys that only choose an implementation are dropped, others must be known."""
+    mixers = {}
+    for kind, settings in (config.get("efficient_attention_config") or {}).items():
+        if kind in LINEAR_MIXERS:
+            known = mixer_config_class(kind).model_fields
+            ignored = {*_published_extras(kind), "mode"}
+            unknown = sorted(set(settings) - set(known) - ignored)
+            if unknown:
+                raise UserError(f"{where}: efficient_attention_config.{kind}.{unknown[0]} is not known")
+            mixers[kind] = {key: value for key, value in settings.items() if key in known}
+    return mixers
+
+
+def _refuse_unsupported(config: dict[str, Any], where: str) -> None:
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    rope = scaling.get("rope_type", scaling.get("type", "default"))
+    if rope != "default":
+        raise UserError(f"{where}: RoPE scaling '{rope}' is not supported; only models without it are")
+    if config.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{where}: hidden_act '{config['hidden_act']}' is not supported, only silu")
+    for key in ("mlp_bias", "partial_rotary_factor"):
+        if config.get(key) not in (None, False, 1.0):
+            raise UserError(f"{where}: {key}={config[key]} is not supported")
+
+
+def _rope_theta(config: dict[str, Any], base: str) -> float:
+    """transformers 5 writes it inside rope_parameters; without it every base model has 10000."""
+    inside = config.get("rope_parameters") or {}
+    return float(config.get("rope_theta") or inside.get("rope_theta") or 10000.0)
+
+
+def _required(config: dict[str, Any], key: str, where: str) -> int:
+    if config.get(key) is None:
+        raise UserError(f"{where}: {key} is missing")
+    return config[key]
