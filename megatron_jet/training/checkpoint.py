@@ -1,0 +1,158 @@
+"""Model weights as a Megatron distributed checkpoint (torch_dist) that any layout can load."""
+
+import contextlib
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch import nn
+
+from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.files import write_json
+from megatron_jet.model.state import local_shards, sharded_state, unwrap
+
+COMPLETE_MARK = "metadata.json"  # written last by Megatron, so a directory without it is unfinished
+MODEL_CONFIG = "model_config.json"
+
+
+def save_model(chunks: list[nn.Module], path: str | Path, model_config: dict[str, Any] | None = None) -> None:
+    """Write the weights of all ranks; `path` gets its name only when it is complete.
+
+    Args:
+        chunks: this rank's part of the model.
+        path: directory to make; an existing one is replaced.
+        model_config: kept beside the weights, for a reader that has nothing else.
+
+    Raises:
+        UserError: it cannot be written (disk full, no permission); an earlier checkpoint at `path` is as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.partial")
+    problem = _on_rank_0(lambda: _prepare(temporary))
+    if problem is None:
+        try:
+            dist_checkpointing.save(sharded_state(chunks), str(temporary))
+        except (OSError, CheckpointingException, RuntimeError) as error:
+            problem = str(error)
+        problem = next((p for p in _all_ranks(problem) if p), None)
+    if problem is None:
+        problem = _on_rank_0(lambda: _finish(temporary, path, model_config))
+    if problem is not None:
+        _on_rank_0(lambda: shutil.rmtree(temporary, ignore_errors=True))
+        raise UserError(f"{path}: checkpoint cannot be written ({problem.splitlines()[0][:200]})")
+
+
+def load_model(chunks: list[nn.Module], path: str | Path, strict: bool = True) -> None:
+    """Load weights saved at any layout, in any dtype, into this rank's part of the model.
+
+    Args:
+        chunks: the model.
+        path: a directory that `save_model` or the converter wrote.
+        strict: model and checkpoint must have the same tensors. Otherwise those that both have are loaded.
+
+    Raises:
+        UserError: no such checkpoint, one that was not finished or is damaged, or tensors that do not fit; the message
+            names one.
+    """
+    check_complete(path)
+    try:
+        with _quiet():
+            stored = dist_checkpointing.load_tensors_metadata(str(path))
+    except Exception as error:  # torch raises many kinds for damaged metadata
+        raise UserError(f"{path}: checkpoint metadata cannot be read ({type(error).__name__}: {error})") from None
+    shapes = {shard.key: tuple(shard.global_shape) for shard in local_shards(chunks)}
+    for key in sorted(set(shapes) & set(stored)):
+        if shapes[key] != tuple(stored[key].global_shape):
+            found = list(stored[key].global_shape)
+            raise UserError(f"{path}: tensor '{key}' has shape {found}, the model needs {list(shapes[key])}")
+    if strict:
+        wanted = set().union(*_all_ranks(set(shapes)))
+        for what, keys in (("misses", wanted - set(stored)), ("has more than the model:", set(stored) - wanted)):
+            if keys:
+                names = ", ".join(sorted(keys)[:3])
+                raise UserError(f"{path}: checkpoint {what} {names}{' ...' if len(keys) > 3 else ''}")
+    state = sharded_state(chunks)
+    for tensors in state.values():
+        for name in [name for name, shard in tensors.items() if not _keys_of(shard) <= set(stored)]:
+            del tensors[name]
+    try:
+        with _quiet():
+            loaded = dist_checkpointing.load(state, str(path), validate_access_integrity=False)
+    except Exception as error:
+        raise UserError(f"{path}: checkpoint is damaged ({type(error).__name__}: {str(error)[:200]})") from None
+    for i, chunk in enumerate(chunks):
+        # Extra states of Transformer Engine are not part of our checkpoints, and partial loads leave tensors out.
+        unwrap(chunk).load_state_dict(loaded[f"model{i}"], strict=False)
+
+
+def check_complete(path: str | Path) -> None:
+    """Raise UserError unless `path` is a finished checkpoint."""
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such checkpoint directory")
+    if not (path / COMPLETE_MARK).is_file():
+        raise UserError(f"{path}: not a complete Megatron checkpoint ({COMPLETE_MARK} is missing)")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Megatron reads metadata outside the process group and by old argument order; torch warns of both."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        warnings.filterwarnings("ignore", message="The argument order of load has been changed")
+        yield
+
+
+def _keys_of(shard) -> set[str]:
+    """Checkpoint keys of an entry of a sharded state dict; a fused tensor has one per section."""
+    if not hasattr(shard, "build"):
+        return {shard.key}
+    return {part.key for part in _flatten(shard.build())}
+
+
+def _flatten(parts) -> list:
+    if isinstance(parts, dict):
+        parts = list(parts.values())
+    return [leaf for part in parts for leaf in _flatten(part)] if isinstance(parts, list) else [parts]
+
+
+def _prepare(temporary: Path) -> None:
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+
+
+def _finish(temporary: Path, path: Path, model_config: dict[str, Any] | None) -> None:
+    """Put the finished directory in place; a kill in between leaves the old or the new one complete under some name."""
+    if model_config is not None:
+        write_json(temporary / MODEL_CONFIG, model_config)
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        os.rename(path, old)
+    os.rename(temporary, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _on_rank_0(action) -> str | None:
+    """Run `action` on rank 0; its error message, or None, on all ranks."""
+    problem = None
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except OSError as error:
+            problem = error.strerror or str(error)
+    box = [problem]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _all_ranks(value) -> list:
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
