@@ -97,6 +97,11 @@ class GridPoint(StrictModel):
     heads: int = Field(gt=0)
 
     @property
+    def name(self) -> str:
+        """The candidate's name, also in job and file names."""
+        return f"{self.d_k}x{self.d_v}x{self.heads}"
+
+    @property
     def state_size(self) -> int:
         """Elements of recurrent state per layer."""
         return self.d_k * self.d_v * self.heads
