@@ -5,6 +5,8 @@ fla is imported inside the functions: it needs Triton and takes seconds to load.
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 import torch.nn.functional as F
 
@@ -15,6 +17,8 @@ def chunk_gated_delta_rule(
     """See `gated_delta_rule.reference.chunk_gated_delta_rule`. fla takes chunk sizes 16, 32 and 64, and Dk <= 256."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule as kernel
 
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, g, beta)):
+        _check_triton_for_backward()
     o, state = kernel(
         q,
         k,
@@ -117,6 +121,22 @@ def l2_normalize(x, eps=1e-6):
     from fla.modules.norm.l2norm import l2norm as kernel
 
     return kernel(x, eps)
+
+
+def _check_triton_for_backward() -> None:
+    """Refuses before the forward what fla refuses in the backward, and names every way out.
+
+    Triton 3.4 to 3.7.0 miscompiles a backward kernel on Hopper
+    (github.com/fla-org/flash-linear-attention, issue 640).
+    """
+    from fla.utils import IS_NVIDIA_HOPPER, TRITON_ABOVE_3_4_0, TRITON_ABOVE_3_7_1
+
+    miscompiles = IS_NVIDIA_HOPPER and TRITON_ABOVE_3_4_0 and not TRITON_ABOVE_3_7_1
+    if miscompiles and importlib.util.find_spec("tilelang") is None:
+        raise RuntimeError(
+            "the gated delta rule cannot train on this GPU with this Triton (3.4 to 3.7.0 miscompiles it on Hopper): "
+            "install triton>=3.7.1 or tilelang, or set JET_KERNELS=auto,chunk_gated_delta_rule=reference (slower)"
+        )
 
 
 def _fp32(state: torch.Tensor | None) -> torch.Tensor | None:

@@ -78,15 +78,16 @@ class _FusedDynamicConv(torch.autograd.Function):
         seq = seq.int()
         ctx.save_for_backward(x, hidden, weight, bias, state, cu_seqlens, pos, seq)
         ctx.silu = silu
-        return _run_forward(x, hidden, weight, bias, state, pos, seq, silu, None)
+        with torch.cuda.device_of(x):  # Triton launches on the current device, wherever the tensors are
+            return run_forward(x, hidden, weight, bias, state, pos, seq, silu, None)
 
     @staticmethod
     def backward(ctx, dy):
         x, hidden, weight, bias, state, cu_seqlens, pos, seq = ctx.saved_tensors
         dy = dy.contiguous()
-        dz = _run_forward(x, hidden, weight, bias, state, pos, seq, True, dy) if ctx.silu else dy
+        dz = run_forward(x, hidden, weight, bias, state, pos, seq, True, dy) if ctx.silu else dy
         need_x, need_hidden, need_weight, need_bias, need_state = ctx.needs_input_grad[:5]
-        dx = _input_gradient(dz, hidden, weight, bias, pos) if need_x else None
+        dx = input_gradient(dz, hidden, weight, bias, pos) if need_x else None
         grads = (None, None, None)
         if need_hidden or need_weight or need_bias:
             grads = _generator_gradients(x, hidden, weight, bias, state, pos, seq, dz)
@@ -94,10 +95,11 @@ class _FusedDynamicConv(torch.autograd.Function):
         return dx, *grads, dstate, None, None
 
 
-def _run_forward(x, hidden, weight, bias, state, pos, seq, silu, dy):
+def run_forward(x, hidden, weight, bias, state, pos, seq, silu, dy):
+    """Launches the convolution; with an output gradient `dy`, the gradient before the SiLU instead."""
     (tokens, dim), rank = x.shape, hidden.shape[1]
     out = torch.empty_like(x)
-    tiles = _tiles(tokens, x.dtype)
+    tiles = _tiles(tokens, x.dtype, state is not None)
     grid = (triton.cdiv(dim, tiles["BD"]), triton.cdiv(tokens, tiles["BM"]))
     dynamic_conv_forward_kernel[grid](
         x,
@@ -122,10 +124,11 @@ def _run_forward(x, hidden, weight, bias, state, pos, seq, silu, dy):
     return out
 
 
-def _input_gradient(dz, hidden, weight, bias, pos):
+def input_gradient(dz, hidden, weight, bias, pos):
+    """Launches the gradient of x, from the gradient before the activation, dz [T, D]."""
     (tokens, dim), rank = dz.shape, hidden.shape[1]
     dx = torch.empty_like(dz)
-    tiles = _tiles(tokens, dz.dtype)
+    tiles = _tiles(tokens, dz.dtype, False)
     grid = (triton.cdiv(dim, tiles["BD"]), triton.cdiv(tokens, tiles["BM"]))
     dynamic_conv_dx_kernel[grid](
         dz,
@@ -146,36 +149,42 @@ def _input_gradient(dz, hidden, weight, bias, pos):
 
 def _generator_gradients(x, hidden, weight, bias, state, pos, seq, dz):
     """Gradients of hidden, weight and bias, a limited number of tokens at a time."""
-    (tokens, dim), rows = x.shape, weight.shape[0]
+    tokens, rows = len(x), weight.shape[0]
     step = min(tokens, max(1, _MAX_DKERNEL // rows))
     dkernel = x.new_empty(step, rows)
     dhidden = torch.empty_like(hidden)
     dweight = torch.zeros_like(weight, dtype=torch.float32)
     dbias = torch.zeros_like(bias, dtype=torch.float32)
-    block_tokens, block_columns = 16, 256
     for first in range(0, tokens, step):
         count = min(step, tokens - first)
-        grid = (triton.cdiv(rows, block_columns), triton.cdiv(count, block_tokens))
-        dynamic_conv_dkernel_kernel[grid](
-            x,
-            state,
-            pos,
-            seq,
-            dz,
-            dkernel,
-            first,
-            count,
-            D=dim,
-            W=rows // dim,
-            BM=block_tokens,
-            BC=block_columns,
-            HAS_STATE=state is not None,
-        )
+        write_kernel_gradient(x, state, pos, seq, dz, dkernel, first, count)
         part = dkernel[:count]
         torch.mm(part, weight, out=dhidden[first : first + count])
         dweight += part.mT @ hidden[first : first + count]
         dbias += part.sum(0, dtype=torch.float32)
     return dhidden, dweight.to(weight.dtype), dbias.to(bias.dtype)
+
+
+def write_kernel_gradient(x, state, pos, seq, dz, dkernel, first, count):
+    """Launches the gradient of the kernels of `count` tokens, from token `first`, into dkernel [count, D * W]."""
+    dim, rows = x.shape[1], dkernel.shape[1]
+    block_tokens, block_columns = 8, 256
+    grid = (triton.cdiv(rows, block_columns), triton.cdiv(count, block_tokens))
+    dynamic_conv_dkernel_kernel[grid](
+        x,
+        state,
+        pos,
+        seq,
+        dz,
+        dkernel,
+        first,
+        count,
+        D=dim,
+        W=rows // dim,
+        BM=block_tokens,
+        BC=block_columns,
+        HAS_STATE=state is not None,
+    )
 
 
 def _state_gradient(dz, hidden, weight, bias, cu_seqlens, state):
@@ -204,13 +213,13 @@ def _final_state(x, state, cu_seqlens, width):
     return torch.where((local >= 0).unsqueeze(-1), last, earlier)
 
 
-def _tiles(tokens: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes and launch options that do not spill registers on sm_90 (tests/kernels compile them)."""
+def _tiles(tokens: int, dtype: torch.dtype, has_state: bool) -> dict[str, int]:
+    """Tile sizes and launch options that do not spill registers on sm_90 (tests/kernels compiles them)."""
     if tokens <= 64:  # decoding: more programs instead of larger tiles
         return {"BM": 16, "BD": 64, "BR": 64, "num_warps": 4, "num_stages": 3}
     if dtype == torch.float32:
-        return {"BM": 64, "BD": 64, "BR": 32, "num_warps": 4, "num_stages": 3}
-    return {"BM": 128, "BD": 128, "BR": 64, "num_warps": 8, "num_stages": 3}
+        return {"BM": 64, "BD": 64, "BR": 32, "num_warps": 8, "num_stages": 3}
+    return {"BM": 128, "BD": 64 if has_state else 128, "BR": 64, "num_warps": 8, "num_stages": 3}
 
 
 def _precision() -> str:
