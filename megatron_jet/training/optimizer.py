@@ -1,0 +1,190 @@
+"""AdamW on Megatron's gradient buffers, with the distributed optimiser or without."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
+from torch import Tensor, nn
+
+from megatron_jet.configs.training import OptimizerConfig
+
+
+def wrap_data_parallel(chunks: list[nn.Module], *, distributed_optimizer: bool) -> list[DistributedDataParallel]:
+    """Give the trainable parameters gradient buffers that are reduced over the data-parallel group.
+
+    Losses are already divided by the token counts of the global batch, so gradients are summed, not averaged.
+    """
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=distributed_optimizer,
+        # Overlap needs a gradient for every parameter in every step; a supernet's undrawn paths have none.
+        overlap_grad_reduce=False,
+    )
+    wrapped = []
+    for i, chunk in enumerate(chunks):
+        config = chunk.module.config
+        config.calculate_per_token_loss = True
+        layout = _buffer_layout(chunk, ddp_config) if distributed_optimizer else None
+        wrapped.append(
+            DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=i > 0, full_param_layout=layout)
+        )
+    config = chunks[0].module.config
+    no_sync = [chunk.no_sync for chunk in wrapped]
+    config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
+    config.finalize_model_grads_func = _finalize
+    return wrapped
+
+
+def _buffer_layout(chunk: nn.Module, ddp_config: DistributedDataParallelConfig):
+    """Where each trainable parameter lies in the buffers that data-parallel ranks share out among them."""
+    parameters = [parameter for parameter in chunk.parameters() if parameter.requires_grad]
+    ranks = parallel_state.get_data_parallel_world_size()
+    return DistributedOptimizer.compute_full_param_layout(parameters, None, ranks, ddp_config)
+
+
+def _finalize(model, num_tokens=None, **kwargs) -> None:
+    """Sum gradients over ranks. The token count is left out: the losses were divided by it already."""
+    finalize_model_grads(model, None, **kwargs)
+
+
+def has_no_weight_decay(parameter: Tensor) -> bool:
+    """Norm weights, biases, A_log and dt_bias: everything with one dimension."""
+    return parameter.dim() <= 1
+
+
+class Optimizer:
+    """Clips, checks and applies one step. Gradients must be reduced already.
+
+    Args:
+        chunks: the wrapped model of this rank.
+        config: optimiser settings.
+        dtype: of the parameters; bf16 ones get fp32 main copies.
+        distributed: shard the state over data-parallel ranks.
+    """
+
+    def __init__(
+        self, chunks: list[DistributedDataParallel], config: OptimizerConfig, *, dtype: torch.dtype, distributed: bool
+    ):
+        self.chunks = chunks
+        self.config = config
+        chained = get_megatron_optimizer(
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=config.lr,
+                weight_decay=config.weight_decay,
+                adam_beta1=config.beta1,
+                adam_beta2=config.beta2,
+                adam_eps=config.eps,
+                clip_grad=config.clip_grad,
+                params_dtype=dtype,
+                bf16=dtype == torch.bfloat16,
+                use_distributed_optimizer=distributed,
+            ),
+            chunks,
+            config_overrides={
+                ParamKey(predicate=ParamPredicate("no_weight_decay", has_no_weight_decay)): ParamGroupOverride(
+                    wd_mult=0.0
+                )
+            },
+        )
+        (self.megatron,) = chained.chained_optimizers  # a second one exists for mixture-of-experts models only
+        for group in self.megatron.param_groups:
+            group["weight_decay"] = config.weight_decay * group["wd_mult"]
+        prime_torch_adam(self.megatron)
+        self._main_tensor = main_tensors(self.megatron)
+
+    def zero_grad(self) -> None:
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.megatron.zero_grad()
+
+    @torch.no_grad()
+    def gradient_norm(self) -> float:
+        """Bring the gradients to the optimiser's tensors, clip them, and return their global norm before clipping."""
+        self.megatron.prepare_grads()
+        return float(self.megatron.clip_grad_norm(self.config.clip_grad))
+
+    @torch.no_grad()
+    def apply(self, lr: float, undrawn: list[nn.Parameter] = ()) -> None:
+        """Update the weights, after `gradient_norm`.
+
+        Args:
+            lr: learning rate of this step.
+            undrawn: parameters that took no part in this step. Their gradient in the buffer is zero, which Adam would
+                take for a gradient; without one it leaves weights, moments and step count alone.
+        """
+        for group in self.megatron.param_groups:
+            group["lr"] = lr
+        for parameter in undrawn:
+            main = self._main_tensor.get(parameter)
+            if main is not None:
+                main.grad = None
+        self.megatron.step_with_ready_grads()
+
+    @contextmanager
+    def common_step(self) -> Iterator[None]:
+        """Inside, all of Adam's step counts are equal, which Megatron's state dicts take for granted.
+
+        In a supernet they differ; train_state.py saves them one by one.
+        """
+        states = [state for state in self.megatron.optimizer.state.values() if torch.is_tensor(state.get("step"))]
+        own = [state["step"] for state in states]
+        highest = max((float(step) for step in own), default=0.0)
+        for state in states:
+            state["step"] = torch.tensor(highest)
+        try:
+            yield
+        finally:
+            for state, step in zip(states, own):
+                state["step"] = step
+
+    def set_adam_steps(self, steps: dict[nn.Parameter, float | None]) -> None:
+        """Give every parameter its own step count back after loading."""
+        for parameter, step in steps.items():
+            state = self.state_of(parameter)
+            if step is not None and torch.is_tensor(state.get("step")):
+                state["step"] = torch.tensor(step)
+
+    def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """Adam's state of a parameter (with the distributed optimiser, of this rank's shard); {} if none is here."""
+        main = self._main_tensor.get(parameter)
+        return {} if main is None else self.megatron.optimizer.state[main]
+
+
+def main_tensors(optimizer: MegatronOptimizer) -> dict[nn.Parameter, Tensor]:
+    """Model parameter -> the tensor that the inner optimiser updates for it on this rank."""
+    if isinstance(optimizer, DistributedOptimizer):
+        groups = optimizer.optimizer.param_groups
+        index = getattr(optimizer, "model_param_group_index_map", {})
+        return {parameter: groups[group]["params"][order] for parameter, (group, order) in index.items()}
+    if isinstance(optimizer, Float16OptimizerWithFloat16Params):
+        pairs = [
+            *zip(optimizer.float16_groups, optimizer.fp32_from_float16_groups),
+            *zip(optimizer.fp32_from_fp32_groups, optimizer.fp32_from_fp32_groups),
+        ]
+        return {parameter: main for models, mains in pairs for parameter, main in zip(models, mains)}
+    return {parameter: parameter for parameter in optimizer.get_parameters()}
+
+
+def prime_torch_adam(optimizer: MegatronOptimizer) -> None:
+    """Create Adam's state at once. torch makes it at a tensor's first gradient, which a path may not have met yet when
+    the state is saved. Megatron does the same for the Adam of Apex and Transformer Engine."""
+    inner = optimizer.optimizer
+    if not isinstance(inner, (torch.optim.Adam, torch.optim.AdamW)):
+        return
+    for group in inner.param_groups:
+        for tensor in group["params"]:
+            if not inner.state[tensor]:
+                inner.state[tensor] = {
+                    "step": torch.zeros((), dtype=torch.float32),
+                    "exp_avg": torch.zeros_like(tensor),
+                    "exp_avg_sq": torch.zeros_like(tensor),
+                }
