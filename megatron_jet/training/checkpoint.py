@@ -1,7 +1,9 @@
 """Model weights as a Megatron distributed checkpoint (torch_dist) that any layout can load."""
 
 import contextlib
+import logging
 import os
+import queue
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -11,6 +13,8 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import torch as megatron_torch_strategy
 from torch import nn
 
 from megatron_jet.configs.errors import UserError
@@ -37,7 +41,7 @@ def save_model(chunks: list[nn.Module], path: str | Path, model_config: dict[str
     problem = _on_rank_0(lambda: _prepare(temporary))
     if problem is None:
         try:
-            dist_checkpointing.save(sharded_state(chunks), str(temporary))
+            save_sharded(sharded_state(chunks), temporary)
         except (OSError, CheckpointingException, RuntimeError) as error:
             problem = str(error)
         problem = next((p for p in _all_ranks(problem) if p), None)
@@ -89,6 +93,24 @@ def load_model(chunks: list[nn.Module], path: str | Path, strict: bool = True) -
     for i, chunk in enumerate(chunks):
         # Extra states of Transformer Engine are not part of our checkpoints, and partial loads leave tensors out.
         unwrap(chunk).load_state_dict(loaded[f"model{i}"], strict=False)
+
+
+def save_sharded(state: dict[str, Any], path: str | Path) -> None:
+    """Megatron's synchronous save of any sharded state dict into an existing empty directory.
+
+    Megatron hands the writer's results over through a manager process, which takes seconds to start and which only its
+    asynchronous save needs. Here the writer is this process, so an ordinary queue does.
+    """
+    before = filesystem_async._results_queue
+    logger = logging.getLogger(megatron_torch_strategy.__name__)
+    level = logger.level
+    filesystem_async._results_queue = queue.Queue()
+    logger.setLevel(logging.ERROR)  # it warns that the asynchronous save underneath is deprecated
+    try:
+        dist_checkpointing.save(state, str(path))
+    finally:
+        filesystem_async._results_queue = before
+        logger.setLevel(level)
 
 
 def check_complete(path: str | Path) -> None:

@@ -26,7 +26,7 @@ from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import read_json, write_json
 from megatron_jet.configs.training import TrainingConfig
 from megatron_jet.model.state import CHECKPOINT_METADATA, sharded_state
-from megatron_jet.training.checkpoint import load_model, save_model
+from megatron_jet.training.checkpoint import load_model, save_model, save_sharded
 from megatron_jet.training.freezing import named_parameters
 from megatron_jet.training.optimizer import Optimizer
 
@@ -104,7 +104,7 @@ class CheckpointFolder:
             save_model(chunks, temporary / "model")
             (temporary / "state").mkdir(exist_ok=True)
             dist.barrier()
-            dist_checkpointing.save(_state_to_save(chunks, optimizer, progress, data_state), str(temporary / "state"))
+            save_sharded(_state_to_save(chunks, optimizer, progress, data_state), temporary / "state")
 
         self._prepare(temporary)
         self._collective(write, final, temporary)
