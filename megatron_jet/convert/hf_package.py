@@ -1,0 +1,92 @@
+"""Ships the Hugging Face modeling code with a checkpoint, and loads such checkpoints with the code in this tree."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.files import read_json
+from megatron_jet.convert.hf import configuration_megatron_jet, modeling_megatron_jet
+from megatron_jet.convert.hf.modeling_megatron_jet import JetNemotronForCausalLM, MegatronJetForCausalLM
+
+MODELS: dict[str, type[PreTrainedModel]] = {
+    "jet_nemotron": JetNemotronForCausalLM,
+    "megatron_jet": MegatronJetForCausalLM,
+}
+
+
+def write_modeling_code(out_dir: Path | str) -> list[Path]:
+    """Copies the modeling code into a checkpoint directory, as plain files that need torch and transformers only.
+
+    In this tree the recurrences are links to the kernels' reference files; the copies are real files.
+
+    Args:
+        out_dir: an existing directory.
+
+    Returns:
+        The files written.
+    """
+    source = Path(modeling_megatron_jet.__file__).parent
+    written = []
+    for path in sorted(source.glob("*.py")):
+        if path.name != "__init__.py":
+            written.append(Path(shutil.copyfile(path, Path(out_dir) / path.name)))
+    return written
+
+
+def auto_map(model_type: str) -> dict[str, str]:
+    """The entry of config.json that tells transformers' Auto classes where the shipped code is.
+
+    Raises:
+        UserError: not one of this project's model types.
+    """
+    if model_type not in MODELS:
+        raise UserError(f"model_type '{model_type}' has no modeling code here; known: {', '.join(MODELS)}")
+    model_class = MODELS[model_type]
+    configuration = configuration_megatron_jet.__name__.rpartition(".")[2]
+    modeling = modeling_megatron_jet.__name__.rpartition(".")[2]
+    return {
+        "AutoConfig": f"{configuration}.{model_class.config_class.__name__}",
+        "AutoModelForCausalLM": f"{modeling}.{model_class.__name__}",
+    }
+
+
+def load_for_causal_lm(hf_dir: Path | str, dtype: torch.dtype | str = "auto", **options: Any) -> PreTrainedModel:
+    """Loads a Hugging Face checkpoint in eval mode, without running code from its directory.
+
+    Args:
+        hf_dir: with config.json and safetensors; a hybrid of ours, or a model that transformers itself knows.
+        dtype: of the weights; by default as saved.
+        options: for `from_pretrained`, such as attn_implementation.
+
+    Raises:
+        UserError: no such model, or files that do not make up one (a tensor missing, extra or of another shape included).
+    """
+    hf_dir = Path(hf_dir)
+    if not (hf_dir / "config.json").is_file():
+        raise UserError(f"{hf_dir}: no config.json there; give a Hugging Face checkpoint directory")
+    model_type = read_json(hf_dir / "config.json").get("model_type")
+    model_class = MODELS.get(model_type)
+    if model_class is None:
+        if model_type not in CONFIG_MAPPING:
+            raise UserError(
+                f"{hf_dir}: model_type '{model_type}' is neither ours ({', '.join(MODELS)}) nor transformers'"
+            )
+        model_class = AutoModelForCausalLM
+    try:
+        model, found = model_class.from_pretrained(
+            hf_dir, dtype=dtype, local_files_only=True, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise UserError(f"{hf_dir}: {lines[-1] if lines else type(error).__name__}") from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found[problem]:
+            names = ", ".join(sorted(str(name) for name in found[problem])[:3])
+            raise UserError(f"{hf_dir}: {len(found[problem])} {problem.replace('_keys', '')} tensors, such as {names}")
+    return model.eval()
