@@ -1,0 +1,67 @@
+"""A worker of tests/pool.py: waits for functions, runs each inside its layout, answers. Ends when the pool goes away."""
+
+import faulthandler
+import importlib.util
+import os
+import signal
+import sys
+import traceback
+from datetime import timedelta
+from multiprocessing.connection import Client
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_jet.configs.training import ParallelConfig
+from megatron_jet.training.parallel import destroy_parallel, init_parallel
+
+
+def main(address: str, key: bytes, port: int, log: str) -> None:
+    """Serve the pool.
+
+    Args:
+        address, key: where the pool listens.
+        port: of the rendezvous store.
+        log: file that takes what the worker prints.
+    """
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
+    connection = Client(address, authkey=key)
+    connection.send(os.getpid())
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    modules: dict[str, object] = {}
+    while True:
+        try:
+            call = connection.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            answer = (True, run(store, modules, *call))
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        connection.send(answer)
+
+
+def run(store, modules, rank, call, file, name, args, kwargs, layout, world_size, seed):
+    """One function inside one layout."""
+    if file not in modules:
+        spec = importlib.util.spec_from_file_location(f"pool_{Path(file).stem}", file)
+        modules[file] = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = modules[file]
+        spec.loader.exec_module(modules[file])
+    init_parallel(
+        ParallelConfig.parse(layout),
+        seed,
+        store=dist.PrefixStore(f"call{call}", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=100),
+    )
+    try:
+        return getattr(modules[file], name)(*args, **kwargs)
+    finally:
+        destroy_parallel()
+
