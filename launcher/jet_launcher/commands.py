@@ -1,0 +1,137 @@
+"""`list`, `status`, `logs`, `report`, `cancel` and `clean`."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from jet_launcher.clean import removable, remove, size_of
+from jet_launcher.exit_codes import DONE, FAILED
+from jet_launcher.local import ROOT
+from jet_launcher.lock import lock_holder
+from jet_launcher.logs import show_log
+from jet_launcher.processes import worker_environment
+from jet_launcher.progress import describe, describe_end
+from jet_launcher.run_directory import find_run, list_runs
+from jet_launcher.stage_status import DONE as STAGE_DONE
+from jet_launcher.stage_status import RUNNING, read_run, run_state
+from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.estimate_text import format_bytes, table
+
+CANCEL_TIMEOUT = 600.0  # seconds a worker may take to save
+
+
+def list_command(root: Path, as_json: bool) -> int:
+    """All runs under `root`."""
+    rows = []
+    for run in list_runs(root):
+        try:
+            statuses = read_run(run)
+            recipe, state = run.config().recipe, run_state(run, statuses)
+        except UserError as error:
+            # One run of an older version must not hide the others.
+            rows.append(
+                {"id": run.id, "recipe": None, "state": "unreadable", "done": 0, "stages": 0, "error": str(error)}
+            )
+            continue
+        done = sum(status.state == STAGE_DONE for status in statuses)
+        updated = max((status.updated or 0.0 for status in statuses), default=0.0)
+        rows.append(
+            {"id": run.id, "recipe": recipe, "state": state, "done": done, "stages": len(statuses), "updated": updated}
+        )
+    if as_json:
+        print(json.dumps({"schema_version": 1, "runs": rows}, indent=2))
+    elif not rows:
+        print(f"no runs in {root}/; start one with: python launcher/postnas.py run tiny")
+    else:
+        cells = [
+            (row["id"], row["recipe"] or "?", row["state"], f"{row['done']}/{row['stages']}", _ago(row.get("updated")))
+            for row in rows
+        ]
+        print(table(("run", "recipe", "state", "stages", "last change"), cells))
+    return DONE
+
+
+def status_command(run_id: str, root: Path, as_json: bool) -> int:
+    """Stages of one run."""
+    run = find_run(run_id, root)
+    statuses = read_run(run)
+    state = run_state(run, statuses)
+    if as_json:
+        body = {
+            "schema_version": 1,
+            "run": str(run.path),
+            "state": state,
+            "stages": [status.to_dict() for status in statuses],
+        }
+        print(json.dumps(body, indent=2))
+        return DONE
+    print(f"{run.path}: {state}")
+    width = max(len(status.stage) for status in statuses)
+    for status in statuses:
+        text = f"running: {describe(status)}" if status.state == RUNNING else describe_end(status)
+        print(f"  {status.stage.ljust(width)}  {text.removesuffix(': ')}")
+    if run.report_file.is_file():
+        print(f"report: {run.report_file}")
+    return DONE
+
+
+def logs_command(run_id: str, stage: str | None, follow: bool, root: Path) -> int:
+    """Log of a stage."""
+    try:
+        show_log(find_run(run_id, root), stage, follow, sys.stdout)
+    except (KeyboardInterrupt, BrokenPipeError):
+        # Leaving `logs -f`, or a pager that was closed, is the normal end.
+        sys.stderr.close()
+    return DONE
+
+
+def report_command(run_id: str, root: Path) -> int:
+    """Write the report of a run, finished or not."""
+    run = find_run(run_id, root)
+    command = [sys.executable, "-m", "megatron_jet.evaluation.report.build", str(run.path)]
+    result = subprocess.run(command, env=worker_environment(1, ROOT), check=False)
+    return DONE if result.returncode == 0 else FAILED
+
+
+def cancel_command(run_id: str, root: Path) -> int:
+    """Stop a run: its worker saves and leaves."""
+    run = find_run(run_id, root)
+    holder = lock_holder(run.lock_file)
+    if holder is None:
+        print(f"{run.id} is not running")
+        return DONE
+    if holder.host != socket.gethostname():
+        raise UserError(f"{run.id} runs on {holder.host} (process {holder.pid}); cancel it there")
+    if holder.pid <= 0:
+        raise UserError(f"{run.id}: cannot tell which process runs it ({run.lock_file} is unreadable)")
+    os.kill(holder.pid, signal.SIGTERM)
+    deadline = time.monotonic() + CANCEL_TIMEOUT
+    while lock_holder(run.lock_file) is not None:
+        if time.monotonic() > deadline:
+            raise UserError(f"{run.id}: process {holder.pid} is still there after {CANCEL_TIMEOUT:.0f} s")
+        time.sleep(0.1)
+    print(f"{run.id} stopped; continue with: python launcher/postnas.py resume {run.id}")
+    return DONE
+
+
+def clean_command(run_id: str, root: Path, everything: bool, dryrun: bool) -> int:
+    """Remove checkpoints that nothing needs any more, or the whole run."""
+    run = find_run(run_id, root)
+    freed = 0
+    for path in removable(run, everything):
+        size = size_of(path)
+        freed += size
+        print(f"{'would remove' if dryrun else 'removing'} {path} ({format_bytes(size)})")
+        if not dryrun:
+            remove(path)
+    print(f"{format_bytes(freed)} {'would be freed' if dryrun else 'freed'}")
+    return DONE
+
+
+def _ago(moment: float | None) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(moment)) if moment else "-"

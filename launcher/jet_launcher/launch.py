@@ -1,0 +1,171 @@
+"""`run` and `resume`: from a recipe and overrides to a finished run, or to one clear line."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from jet_launcher.exit_codes import DONE
+from jet_launcher.forecast import Forecast, check_disk, check_layout, forecast
+from jet_launcher.local import Outcome, run_local, shown_id
+from jet_launcher.lock import run_lock
+from jet_launcher.processes import worker_command
+from jet_launcher.progress import make_display
+from jet_launcher.provenance import last_stages, record_launch
+from jet_launcher.run_directory import (
+    RunDirectory,
+    check_directory,
+    choose_stages,
+    describe_os_error,
+    find_run,
+    open_run,
+)
+from jet_launcher.stage_status import read_run, run_state
+from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.estimate_text import model_text, run_text
+from megatron_jet.configs.model import ModelConfig
+from megatron_jet.configs.overrides import apply_overrides
+from megatron_jet.configs.recipes.catalog import load_recipe
+from megatron_jet.configs.run import RunConfig
+from megatron_jet.configs.run_estimate import estimate_run
+from megatron_jet.configs.teacher_source import expand_paths, resolve_teacher, teacher_model
+
+LOCAL = "local"
+CONTEXT_SHOWN = 65536
+
+
+@dataclass(frozen=True)
+class LaunchOptions:
+    """The options of `run` beside recipe and overrides."""
+
+    cluster: str
+    stages: str | None
+    output: Path | None
+    root: Path
+    dryrun: bool
+    as_json: bool
+
+
+def launch(recipe: str, overrides: list[str], options: LaunchOptions) -> int:
+    """Run a recipe. Returns the exit code.
+
+    Raises:
+        UserError: anything wrong with what was asked; nothing has been written then, except by a full disk.
+    """
+    if options.cluster != LOCAL:
+        raise UserError(f"cluster '{options.cluster}' is not known; known: {LOCAL} (this machine)")
+    config = apply_overrides(load_recipe(recipe), overrides)
+    stages = choose_stages(config, options.stages)
+    if options.dryrun:
+        return _dry_run(config, stages, options)
+    config = expand_paths(config)
+    teacher = check_inputs(config)
+    run = open_run(config, options.output, options.root)
+    return execute(run, config, teacher, stages, options)
+
+
+def resume(run_id: str, options: LaunchOptions) -> int:
+    """Go on with a run: the stages of its last launch that are not finished. Returns the exit code."""
+    run = find_run(run_id, options.root)
+    config = run.config()
+    stages = choose_stages(config, options.stages or last_stages(run))
+    return execute(run, config, check_inputs(config), stages, options)
+
+
+def check_inputs(config: RunConfig) -> ModelConfig:
+    """Shape of the teacher, after checking that teacher, data and layout fit. Raises UserError."""
+    resolve_teacher(config.teacher)
+    teacher = teacher_model(config.teacher)
+    data = Path(config.data.path)
+    if config.data.path != "bundled" and not (data / "index.json").is_file():
+        raise UserError(f"data.path={data}: no index.json there; make it with tools/prepare_data.py")
+    check_layout(config, teacher, estimate_run(config, teacher))
+    return teacher
+
+
+def execute(
+    run: RunDirectory, config: RunConfig, teacher: ModelConfig, stages: tuple[str, ...], options: LaunchOptions
+) -> int:
+    """Run stages in an existing run directory. Returns the exit code."""
+    expected = forecast(config, teacher, stages, run, options.root)
+    check_disk(expected, run)
+    # A program reads stdout under --json; people still see progress on stderr.
+    stream = sys.stderr if options.as_json else sys.stdout
+    try:
+        with run_lock(run.lock_file):
+            record_launch(run, config, stages)
+            _announce(run, stages, expected, stream)
+            display = make_display(stream)
+            try:
+                outcome = run_local(run, stages, config.nproc, display)
+            finally:
+                display.close()
+    except OSError as error:
+        raise UserError(describe_os_error(error, run.path)) from None
+    _conclude(run, stages, outcome, options.as_json, stream)
+    return outcome.exit_code
+
+
+def _announce(run: RunDirectory, stages: tuple[str, ...], expected: Forecast, stream) -> None:
+    print(f"run {shown_id(run)}: {', '.join(stages)}", file=stream)
+    print(f"forecast: {expected.line()}", file=stream, flush=True)
+
+
+def _conclude(run: RunDirectory, stages: tuple[str, ...], outcome: Outcome, as_json: bool, stream) -> None:
+    statuses = read_run(run, stages)
+    report = run.report_file if "report" in stages and run.report_file.is_file() else None
+    for line in outcome.log_tail:
+        print(f"  | {line}", file=sys.stderr)
+    if outcome.message:
+        print(outcome.message if outcome.exit_code != 1 else f"error: {outcome.message}", file=sys.stderr)
+    elif report is not None:
+        print(f"report: {report}", file=stream)
+    if as_json:
+        summary = {
+            "schema_version": 1,
+            "run": str(run.path),
+            "state": run_state(run, statuses),
+            "exit_code": outcome.exit_code,
+            "message": outcome.message or None,
+            "report": str(report) if report else None,
+            "stages": [status.to_dict() for status in statuses],
+        }
+        print(json.dumps(summary, indent=2))
+
+
+def _dry_run(config: RunConfig, stages: tuple[str, ...], options: LaunchOptions) -> int:
+    """Print what would happen. Works without the teacher, the data and the variables that name them."""
+    try:
+        config = expand_paths(config)
+        missing = None
+    except UserError as error:
+        missing = str(error)
+    teacher = teacher_model(config.teacher)
+    estimate = estimate_run(config, teacher)
+    check_layout(config, teacher, estimate)
+    output = options.output or options.root / f"{config.recipe}-<time>"
+    run = RunDirectory(output)
+    if options.output is not None:
+        check_directory(config, run)
+    command = worker_command(run.path, stages, config.nproc)
+    if options.as_json:
+        plan = {
+            "schema_version": 1,
+            "run": str(run.path),
+            "stages": list(stages),
+            "command": command,
+            "config": config.to_dict(),
+            "estimate": [stage.to_dict() for stage in estimate.stages],
+            "missing": missing,
+        }
+        print(json.dumps(plan, indent=2))
+        return DONE
+    print(f"would run in {run.path}: {', '.join(stages)}")
+    print(f"worker: {' '.join(command)}\n")
+    print(model_text("teacher", teacher, CONTEXT_SHOWN) + "\n")
+    print(model_text("student (planned)", estimate.student, CONTEXT_SHOWN) + "\n")
+    print(run_text(estimate))
+    if missing:
+        print(f"\nnot set here: {missing}")
+    print("nothing was written (--dryrun)")
+    return DONE

@@ -1,0 +1,70 @@
+"""One launcher per run directory: an advisory lock that ends with the process that holds it."""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_jet.configs.errors import UserError
+
+
+@dataclass(frozen=True)
+class LockHolder:
+    """Who runs in a directory."""
+
+    pid: int
+    host: str
+    since: float
+
+
+@contextlib.contextmanager
+def run_lock(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`.
+
+    Raises:
+        UserError: another process holds it; names the process.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _read(path)
+            who = f"process {holder.pid} on {holder.host}" if holder else "another process"
+            raise UserError(
+                f"{path.parent}: {who} is working in this run directory; wait for it, or `cancel {path.parent.name}`"
+            ) from None
+        os.ftruncate(handle, 0)
+        os.write(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}).encode())
+        yield
+    finally:
+        os.close(handle)
+
+
+def lock_holder(path: Path) -> LockHolder | None:
+    """The process that holds the lock now, or None."""
+    try:
+        handle = os.open(path, os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _read(path) or LockHolder(0, "unknown", 0.0)
+    else:
+        return None
+    finally:
+        os.close(handle)
+
+
+def _read(path: Path) -> LockHolder | None:
+    try:
+        data = json.loads(path.read_text())
+        return LockHolder(int(data["pid"]), str(data["host"]), float(data["since"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
