@@ -108,8 +108,8 @@ def test_conv_keeps_dtype_and_sums_in_fp32():
     exact, _ = dynamic_causal_conv(x.double(), kernel.double())
     actual, final = dynamic_causal_conv(x, kernel, output_final_state=True)
     assert actual.dtype == final.dtype == torch.bfloat16
-    # One rounding to bf16 is at most 2^-9; sums in bf16 would lose several.
-    torch.testing.assert_close(actual.double(), exact, rtol=2**-8.9, atol=1e-6)
+    # One rounding to bf16 is at most 2^-8; sums in bf16 would lose several.
+    torch.testing.assert_close(actual.double(), exact, rtol=2**-7.9, atol=1e-6)
 
 
 def test_conv_bad_input_is_named():
@@ -134,4 +134,4 @@ def test_rms_norm_gated():
     assert torch.autograd.gradcheck(lambda *a: rms_norm_gated(*a, 1e-3), (x, weight, gate))
     low = [a.detach().bfloat16() for a in (x, weight, gate)]
     exact = rms_norm_gated(*(a.double() for a in low), 1e-3)
-    torch.testing.assert_close(rms_norm_gated(*low, 1e-3).double(), exact, rtol=2**-8.9, atol=1e-6)  # one rounding
+    torch.testing.assert_close(rms_norm_gated(*low, 1e-3).double(), exact, rtol=2**-7.9, atol=1e-6)  # one rounding
