@@ -7,6 +7,7 @@ Importing Megatron takes seconds. So conftest.py forks a process right after it 
 thread, and the workers are forks of that one: they start at once.
 """
 
+import contextlib
 import inspect
 import os
 import secrets
@@ -19,9 +20,9 @@ from multiprocessing.connection import Connection, Listener, wait
 from pathlib import Path
 from typing import Any
 
-import pool_worker
 import torch.distributed as dist
 
+import pool_worker
 from megatron_jet.configs.training import ParallelConfig
 
 GRACE_SECONDS = 5.0  # for the other ranks to answer after one has failed
@@ -112,10 +113,8 @@ class WorkerPool:
         """End all workers."""
         for pid, connection in self._workers:
             connection.close()
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         self._workers = []
         self._store = None
         if self._folder is not None:
@@ -145,9 +144,9 @@ class WorkerPool:
             ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
                 stuck = sorted(waiting.values())
-                problem = "\n".join([*failures, f"ranks {stuck} did not answer in time\n{self._stacks(workers, stuck)}"])
+                failures.append(f"ranks {stuck} did not answer in time\n{self._stacks(workers, stuck)}")
                 self.close()
-                raise WorkerFailure(problem)
+                raise WorkerFailure("\n".join(failures))
             for connection in ready:
                 rank = waiting.pop(connection)
                 try:

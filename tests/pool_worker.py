@@ -1,4 +1,4 @@
-"""A worker of tests/pool.py: waits for functions, runs each inside its layout, answers. Ends when the pool goes away."""
+"""A worker of tests/pool.py: waits for functions, runs each inside its layout, answers. Ends with the pool."""
 
 import faulthandler
 import importlib.util

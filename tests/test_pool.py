@@ -5,9 +5,9 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from pool import WorkerFailure
 
 from megatron_jet.configs.training import ParallelConfig
+from pool import WorkerFailure
 
 
 def rank_sum(offset: float) -> tuple[int, int, float]:
