@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from megatron_jet.configs.training import LossConfig
 from megatron_jet.model.features import collect_features
-from megatron_jet.model.state import local_shards
+from megatron_jet.training.freezing import named_parameters
 from megatron_jet.training.losses import AuxiliaryLoss, feature_loss, layer_weights, logit_loss
 from megatron_jet.training.vocab_parallel import logit_losses
 
@@ -147,18 +147,20 @@ class DistillationModel(nn.Module):
 def share_frozen_tensors(students: list[nn.Module], teachers: list[nn.Module]) -> int:
     """Let the teacher use the student's storage where a frozen tensor of both is equal: one copy instead of two.
 
+    A supernet's softmax paths are compared with the teacher's softmax layers.
+
     Returns:
         Bytes saved on this rank.
     """
     frozen = {
-        shard.key: shard.data
-        for shard in local_shards(students)
-        if isinstance(shard.data, nn.Parameter) and not shard.data.requires_grad
+        name.replace(".paths.attn.", "."): parameter
+        for name, parameter in named_parameters(students)
+        if not parameter.requires_grad
     }
     saved = 0
-    for shard in local_shards(teachers):
-        own = frozen.get(shard.key)
-        if own is not None and isinstance(shard.data, nn.Parameter) and torch.equal(own, shard.data):
-            saved += shard.data.nbytes
-            shard.data.data = own.data
+    for name, parameter in named_parameters(teachers):
+        twin = frozen.get(name)
+        if twin is not None and twin.shape == parameter.shape and torch.equal(twin, parameter):
+            saved += parameter.nbytes
+            parameter.data = twin.data
     return saved

@@ -76,11 +76,13 @@ class CheckpointFolder:
     Args:
         path: checkpoints/ of the job.
         config_hash: a checkpoint of another configuration is refused.
+        model_config: kept beside the weights.
     """
 
-    def __init__(self, path: Path, config_hash: str):
+    def __init__(self, path: Path, config_hash: str, model_config: dict[str, Any] | None = None):
         self.path = path
         self.config_hash = config_hash
+        self.model_config = model_config
 
     def directory(self, step: int) -> Path:
         return self.path / f"step-{step:08d}"
@@ -114,12 +116,7 @@ class CheckpointFolder:
     def save_best(self, chunks: list[nn.Module], step: int) -> Path:
         """Write weights alone, as the best so far."""
         final = self.best_directory(step)
-        temporary = self.path / f".{final.name}.partial"
-        self._prepare(temporary)
-        self._collective(lambda: save_model(chunks, temporary), final, temporary)
-        if dist.get_rank() == 0:
-            _replace(temporary, final)
-        dist.barrier()
+        save_model(chunks, final, self.model_config)
         return final
 
     def load_latest(self, chunks: list[nn.Module], optimizer: Optimizer) -> tuple[Progress, list] | None:
@@ -171,7 +168,7 @@ class CheckpointFolder:
     def _prepare(self, temporary: Path) -> None:
         if dist.get_rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+            (temporary / "state").mkdir(parents=True)
         dist.barrier()
 
     def _collective(self, write: Callable[[], None], final: Path, temporary: Path) -> None:

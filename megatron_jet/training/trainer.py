@@ -68,7 +68,7 @@ class Trainer:
             self.models, training.optimizer, dtype=DTYPES[job.dtype], distributed=training.distributed_optimizer
         )
         self.loader = self._loader(job.data.train_split)
-        self.folder = CheckpointFolder(job.out / "checkpoints", job.config_hash())
+        self.folder = CheckpointFolder(job.out / "checkpoints", job.config_hash(), job.model.to_dict())
         self.progress = self._resume()
         self.batches = iter(self.loader)
         self.validation_batches = self._validation_batches()
