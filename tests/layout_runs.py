@@ -107,7 +107,7 @@ def train_step(
 def wrap(chunks: list) -> list[DistributedDataParallel]:
     """DDP around every chunk, set up as the schedules expect it."""
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
-    wrapped = [DistributedDataParallel(chunk.config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
+    wrapped = [DistributedDataParallel(chunk.config, ddp, chunk, disable_bucketing=True) for chunk in chunks]
     chunks[0].config.finalize_model_grads_func = finalize_model_grads
     for chunk in wrapped:
         chunk.zero_grad_buffer()

@@ -103,7 +103,8 @@ class WorkerPool:
         self._start(world_size)
         self._calls += 1
         file = str(Path(inspect.getsourcefile(function)).resolve())
-        call = (self._calls, file, function.__qualname__, args, kwargs, layout.to_dict(), world_size, seed)
+        where = (function.__module__, file, function.__qualname__)
+        call = (self._calls, *where, args, kwargs, layout.to_dict(), world_size, seed)
         workers = self._workers[:world_size]
         for rank, (_, connection) in enumerate(workers):
             connection.send((rank, *call))

@@ -32,26 +32,21 @@ def main(address: str, key: bytes, port: int, log: str) -> None:
     connection = Client(address, authkey=key)
     connection.send(os.getpid())
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    modules: dict[str, object] = {}
     while True:
         try:
             call = connection.recv()
         except (EOFError, OSError):
             return
         try:
-            answer = (True, run(store, modules, *call))
+            answer = (True, run(store, *call))
         except BaseException:
             answer = (False, traceback.format_exc())
         connection.send(answer)
 
 
-def run(store, modules, rank, call, file, name, args, kwargs, layout, world_size, seed):
+def run(store, rank, call, module, file, name, args, kwargs, layout, world_size, seed):
     """One function inside one layout."""
-    if file not in modules:
-        spec = importlib.util.spec_from_file_location(f"pool_{Path(file).stem}", file)
-        modules[file] = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = modules[file]
-        spec.loader.exec_module(modules[file])
+    function = getattr(load_module(module, file), name)
     init_parallel(
         ParallelConfig.parse(layout),
         seed,
@@ -61,7 +56,23 @@ def run(store, modules, rank, call, file, name, args, kwargs, layout, world_size
         timeout=timedelta(seconds=100),
     )
     try:
-        return getattr(modules[file], name)(*args, **kwargs)
+        return function(*args, **kwargs)
     finally:
         destroy_parallel()
 
+
+
+def load_module(name: str, file: str):
+    """A module by its name, or by its file under that name: pytest's names of test modules cannot be imported."""
+    if name in sys.modules:
+        return sys.modules[name]
+    try:
+        module = importlib.import_module(name)
+        if Path(module.__file__).resolve() == Path(file):
+            return module
+    except ImportError:
+        pass
+    spec = importlib.util.spec_from_file_location(name, file)
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from layout_runs import next_token_loss, packed, train_step
 
+from layout_runs import next_token_loss, packed, train_step
 from megatron_jet.configs.cost import model_cost
 from megatron_jet.configs.errors import UserError
 from megatron_jet.model.builder import build_model
