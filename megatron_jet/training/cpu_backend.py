@@ -13,6 +13,7 @@ import warnings
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
 from megatron_jet.configs.errors import UserError
 
@@ -108,6 +109,9 @@ def _patch_device_literals() -> None:
 
         return wrapped
 
+    # `with torch.device(...)` knows the factories from a list that it makes once. Made after this, the list would hold
+    # the wrappers, and the block would do nothing: transformers would no longer load models on the meta device.
+    _device_constructors()
     for name in ("empty", "zeros", "ones", "full", "tensor", "arange", "eye", "empty_like", "zeros_like", "ones_like"):
         setattr(torch, name, on_cpu(getattr(torch, name)))
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
