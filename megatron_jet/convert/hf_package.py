@@ -65,7 +65,7 @@ def load_for_causal_lm(hf_dir: Path | str, dtype: torch.dtype | str = "auto", **
         options: for `from_pretrained`, such as attn_implementation.
 
     Raises:
-        UserError: no such model, or files that do not make up one (a tensor missing, extra or of another shape included).
+        UserError: no such model, or files that do not make up one (a tensor too few, too many or misshapen).
     """
     hf_dir = Path(hf_dir)
     if not (hf_dir / "config.json").is_file():

@@ -14,7 +14,14 @@ from megatron_jet.convert.hf.modeling_megatron_jet import (
 
 ORACLE = Path(__file__).parents[1] / "data" / "jet_tiny"
 
-JET = {"num_heads": 2, "head_dim": 6, "expand_v": 1.5, "norm_eps": "1e-5", "conv_size": 4, "dconv_generator_reduction": 4}
+JET = {
+    "num_heads": 2,
+    "head_dim": 6,
+    "expand_v": 1.5,
+    "norm_eps": "1e-5",
+    "conv_size": 4,
+    "dconv_generator_reduction": 4,
+}
 GATED_DELTA_NET = {"num_heads": 2, "head_dim": 6, "expand_v": 1.5, "norm_eps": 1e-5, "conv_size": 3}
 GLA = {
     "num_heads": 2,
@@ -53,10 +60,14 @@ def config_dict(**changes) -> dict:
 
 
 def random_model(config: dict | None = None, seed: int = 0, dtype: torch.dtype = torch.float64) -> HybridForCausalLM:
-    """A model in eval mode whose every parameter is random and matters, unlike a fresh one's (the generator is zero)."""
+    """A model in eval mode whose every parameter is random and matters, unlike a fresh one's zero generator."""
     config = config or config_dict()
     published = config.get("model_type") == "jet_nemotron"
-    model = JetNemotronForCausalLM(JetNemotronConfig(**config)) if published else MegatronJetForCausalLM(MegatronJetConfig(**config))
+    model = (
+        JetNemotronForCausalLM(JetNemotronConfig(**config))
+        if published
+        else MegatronJetForCausalLM(MegatronJetConfig(**config))
+    )
     generator = torch.Generator().manual_seed(seed)
     model = model.to(dtype).eval()
     with torch.no_grad():

@@ -7,8 +7,8 @@ independent fp32 implementations by 5.4e-5; 2e-4 leaves a factor of four.
 import pytest
 import torch
 import torch.nn.functional as F
-from convert.hf_cases import load_oracle
 
+from convert.hf_cases import load_oracle
 from megatron_jet.convert.hf import delta_rule_mixer, jet_block, linear_mixer
 from megatron_jet.convert.hf.jet_block import DynamicConv1d, JetBlock
 
@@ -163,5 +163,7 @@ def test_a_leaking_conv_state_fails_the_decode(oracle, monkeypatch):
         return out, after if state is None or after is None else state
 
     monkeypatch.setattr(DynamicConv1d, "forward", stale)
-    out = model.generate(expected["generate_prompt"], max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)
+    out = model.generate(
+        expected["generate_prompt"], max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
     assert not torch.equal(out, expected["generate_output"])

@@ -190,8 +190,7 @@ class SlidingWindowLayer(KeyValueLayer):
         else:
             held = min(layout.start, self.window)
             seen = [torch.cat([old[:, :, :held], new], 2) for old, new in ((self.keys, keys), (self.values, values))]
-            before = layout.counts()[:, :1] if layout.starts is None else layout.starts[:, None]
-            counts = torch.cat([self._ring_counts(before[:, 0], held), layout.key_counts()], 1)
+            counts = torch.cat([self._ring_counts(layout.lengths_before(), held), layout.key_counts()], 1)
         self._write(keys, values, layout)
         return *seen, counts
 

@@ -157,7 +157,9 @@ class JetNemotronConfig(PretrainedConfig):
             except (TypeError, ValueError):
                 raise ValueError(f"efficient_attention_config.{kind}.{name}={value!r} is not a number") from None
             if settings[name] <= 0 or (of_type is int and settings[name] != float(value)):
-                raise ValueError(f"efficient_attention_config.{kind}.{name}={value!r} is not a positive {of_type.__name__}")
+                raise ValueError(
+                    f"efficient_attention_config.{kind}.{name}={value!r} is not a positive {of_type.__name__}"
+                )
         settings["head_v_dim"] = whole_head_v_dim(kind, settings["head_dim"], settings["expand_v"])
         return settings
 

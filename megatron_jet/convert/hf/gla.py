@@ -10,7 +10,7 @@ from .recurrence import gated_linear_attention
 
 
 class GatedLinearAttention(LinearMixer):
-    """S <- Diag(alpha) S + k v^T with alpha = sigmoid(low-rank projection of h)^(1 / normalizer); o = S^T q / sqrt(d_k)."""
+    """S <- Diag(alpha) S + k v^T; o = S^T q / sqrt(d_k); alpha = sigmoid(low-rank projection of h)^(1 / normalizer)."""
 
     kind = "gla"
 

@@ -1,6 +1,6 @@
 """Hybrid causal language models: Qwen2 with a mixer per layer (softmax attention, a window of it, or linear attention).
 
-    B = batch rows, T = tokens per row, V = vocabulary
+B = batch rows, T = tokens per row, V = vocabulary
 """
 
 import torch
@@ -165,7 +165,9 @@ class HybridModel(HybridPreTrainedModel):
 
     def _cache(self, given: HybridCache | None, use_cache: bool | None) -> HybridCache | None:
         if given is not None and not isinstance(given, HybridCache):
-            raise ValueError(f"past_key_values is a {type(given).__name__}, this model needs its own HybridCache(config)")
+            raise ValueError(
+                f"past_key_values is a {type(given).__name__}, this model needs its own HybridCache(config)"
+            )
         if self.gradient_checkpointing and self.training:
             if given is not None or use_cache:
                 logger.warning_once("A cache does not go with gradient checkpointing: running without one.")

@@ -90,7 +90,9 @@ def use_fla(device: torch.device) -> bool:
         return False
     installed = all(importlib.util.find_spec(name) is not None for name in ("fla", "triton"))
     if choice == "fla" and not installed:
-        raise ImportError("JET_HF_KERNELS=fla needs flash-linear-attention and triton: pip install flash-linear-attention")
+        raise ImportError(
+            "JET_HF_KERNELS=fla needs flash-linear-attention and triton: pip install flash-linear-attention"
+        )
     return installed
 
 

@@ -1,6 +1,6 @@
-"""Softmax attention over the keys that the cache returns, with PyTorch's SDPA, in plain matrices, or with flash attention.
+"""Softmax attention over the keys that the cache returns, by SDPA, in plain matrices, or by flash attention.
 
-    B = batch rows, H = query heads, G = key-value heads, T = queries per row, S = keys per row, D = head width
+B = batch rows, H = query heads, G = key-value heads, T = queries per row, S = keys per row, D = head width
 """
 
 import torch
@@ -95,12 +95,13 @@ def _sdpa(query, key, value, mask: torch.Tensor | str | None, dropout: float) ->
 
 
 def _eager(query, key, value, mask: torch.Tensor | str | None, dropout: float) -> torch.Tensor:
-    """The formula, with the softmax in fp32."""
+    """The formula, with the softmax at least in fp32."""
     if isinstance(mask, str):
         mask = _band(query.shape[2], key.shape[2], None, query.device)
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     scores = query @ key.mT * query.shape[-1] ** -0.5
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    weights = F.dropout(scores.softmax(-1, dtype=dtype).to(query.dtype), dropout)
     return weights @ value

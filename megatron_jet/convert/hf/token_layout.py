@@ -98,10 +98,9 @@ class TokenLayout:
 
     def counts(self, device: torch.device | None = None) -> torch.Tensor:
         """Count of each token [B, T]; a padding token has that of the last real one before it."""
-        device = device or self.positions.device
-        starts = torch.full((self.batch,), self.start, device=device) if self.starts is None else self.starts
+        starts = self.lengths_before(device)
         if self.valid is None:
-            steps = torch.arange(self.length, device=device).expand(self.batch, -1)
+            steps = torch.arange(self.length, device=starts.device).expand(self.batch, -1)
         else:
             steps = self.valid.long().cumsum(1) - 1
         return starts[:, None] + steps
@@ -110,6 +109,12 @@ class TokenLayout:
         """Count of each token as a key [B, T], -1 for padding."""
         counts = self.counts()
         return counts if self.valid is None else counts.masked_fill(~self.valid, -1)
+
+    def lengths_before(self, device: torch.device | None = None) -> torch.Tensor:
+        """Real tokens of each row in the cache before this pass [B]."""
+        if self.starts is not None:
+            return self.starts
+        return torch.full((self.batch,), self.start, device=device or self.positions.device)
 
     def lengths_after(self) -> torch.Tensor:
         """Real tokens of each row after this pass [B]."""
@@ -153,9 +158,8 @@ class TokenLayout:
         counts = self.counts()
         real = torch.ones_like(counts, dtype=torch.bool) if self.valid is None else self.valid
         document = torch.zeros_like(counts) if self.document is None else self.document
-        row_start = self.start if self.starts is None else self.starts[:, None]
         indices = real.flatten().nonzero().squeeze(1)  # [M]
-        begins = ((counts == document) | (counts == row_start)).flatten()[indices]
+        begins = ((counts == document) | (counts == self.lengths_before()[:, None])).flatten()[indices]
         first = begins.nonzero().squeeze(1)  # [N]
         rows = indices[first] // self.length
         ends_row = torch.ones_like(rows, dtype=torch.bool)
@@ -199,8 +203,7 @@ class TokenLayout:
         began = counts.masked_fill(~breaks, -1).cummax(1).values
         # A document that began in an earlier pass did so as many tokens ago as its positions say.
         earlier = (-offset).clamp(min=0)
-        row_start = self.start if self.starts is None else self.starts[:, None]
-        earlier = torch.where(torch.as_tensor(row_start, device=offset.device) > 0, earlier, 0)
+        earlier = torch.where(self.lengths_before()[:, None] > 0, earlier, 0)
         document = torch.where(began >= 0, began, earlier)
         if self.valid is not None:
             document = document.masked_fill(~self.valid, 0)
