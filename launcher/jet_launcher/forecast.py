@@ -12,7 +12,7 @@ from megatron_jet.configs.estimate_text import format_bytes, format_seconds
 from megatron_jet.configs.files import read_json
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.run import RunConfig
-from megatron_jet.configs.run_estimate import RunEstimate, StageEstimate, estimate_run
+from megatron_jet.configs.run_estimate import RunEstimate, StageEstimate, estimate_run, planned_student
 
 # Dense bf16 TFLOP/s by a word in the GPU's name.
 GPU_PEAKS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0, "L40": 181.0}
@@ -42,17 +42,22 @@ class Forecast:
         )
 
 
-def check_layout(config: RunConfig, teacher: ModelConfig, estimate: RunEstimate) -> None:
+def check_layout(config: RunConfig, teacher: ModelConfig) -> None:
     """Raise one UserError when teacher or student cannot be laid out, or a batch does not divide."""
-    for stage in estimate.stages:
-        stage_config = config.stage(stage.stage)
-        training = getattr(stage_config, "training", None)
+    student = planned_student(config, teacher)
+    for stage in config.stages:
+        settings = config.stage(stage)
+        training = getattr(settings, "training", None)
         if training is None:
             continue
-        parallel = stage_config.resources.parallel or config.parallel
-        for model in (teacher, estimate.student):
+        resources = settings.resources
+        parallel = resources.parallel or config.parallel
+        for model in (teacher, student):
             model.check_parallel(parallel.tensor, parallel.pipeline)
-        training.microbatches(parallel.data_parallel(stage_config.resources.nodes * config.nproc))
+        try:
+            training.microbatches(parallel.data_parallel(resources.nodes * config.nproc))
+        except UserError as error:
+            raise UserError(f"{stage}: {error} (nproc={config.nproc}, nodes={resources.nodes})") from None
 
 
 def forecast(

@@ -79,7 +79,7 @@ def check_inputs(config: RunConfig) -> ModelConfig:
     data = Path(config.data.path)
     if config.data.path != "bundled" and not (data / "index.json").is_file():
         raise UserError(f"data.path={data}: no index.json there; make it with tools/prepare_data.py")
-    check_layout(config, teacher, estimate_run(config, teacher))
+    check_layout(config, teacher)
     return teacher
 
 
@@ -141,8 +141,8 @@ def _dry_run(config: RunConfig, stages: tuple[str, ...], options: LaunchOptions)
     except UserError as error:
         missing = str(error)
     teacher = teacher_model(config.teacher)
+    check_layout(config, teacher)
     estimate = estimate_run(config, teacher)
-    check_layout(config, teacher, estimate)
     output = options.output or options.root / f"{config.recipe}-<time>"
     run = RunDirectory(output)
     if options.output is not None:

@@ -1,8 +1,8 @@
-"""Takes the place of megatron_jet.run_stage in launcher tests: its command line, files, signals and exit codes, no torch.
+"""Takes the place of megatron_jet.run_stage in launcher tests: same command line, files, signals, exit codes; no torch.
 
-STAND_IN holds comma-separated `stage=behaviour`: `crash` and `error` fail, `die` kills itself with SIGKILL, `wait` stays
-for a minute and saves on SIGTERM, `stuck` ignores SIGTERM, `child` leaves a child process behind, `quiet` exits 0 without
-finishing. With several ranks `crash`, `error` and `die` happen on the last one.
+STAND_IN holds comma-separated `stage=behaviour`: `crash` and `error` fail, `die` kills itself with SIGKILL, `wait`
+stays for a minute and saves on SIGTERM, `stuck` ignores SIGTERM, `child` leaves a child process behind, `quiet` exits 0
+without finishing. With several ranks `crash`, `error` and `die` happen on the last one.
 """
 
 import json
@@ -80,6 +80,7 @@ def misbehave(behaviour, rank):
         time.sleep(60)
     if behaviour == "stuck":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        print("stuck", flush=True)
         time.sleep(60)
     if behaviour == "child":
         subprocess.Popen(["sleep", "61"], start_new_session=True)
