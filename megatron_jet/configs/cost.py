@@ -5,6 +5,7 @@ from collections import defaultdict
 from megatron_jet.configs.base import StrictModel
 from megatron_jet.configs.layer_plan import split_entry
 from megatron_jet.configs.mixers.base import DEFAULT_PRECISION, Precision
+from megatron_jet.configs.mixers.registry import LINEAR_MIXERS
 from megatron_jet.configs.model import ModelConfig
 
 
@@ -69,3 +70,34 @@ def model_cost(config: ModelConfig, context: int, precision: Precision = DEFAULT
         conv_state_bytes=sum(cost.conv_state_bytes for cost in by_kind.values()),
         by_kind=by_kind,
     )
+
+
+# One H100 SXM, bf16 without sparsity. Only ratios between models matter where this is used to rank.
+H100_FLOPS_PER_SECOND = 989e12
+H100_BYTES_PER_SECOND = 3.35e12
+WEIGHT_BYTES = 2
+
+
+def analytic_tokens_per_second(
+    config: ModelConfig, context: int, batch_size: int, precision: Precision = DEFAULT_PRECISION
+) -> float:
+    """Upper bound of generation throughput at a context length: the roofline of one decoding step.
+
+    A step moves every weight once, reads each sequence's K/V cache, and reads and writes its recurrent state; it takes
+    whichever is longer, that or the arithmetic. Unlike a measurement it is the same on every machine.
+
+    Args:
+        config: the model.
+        context: tokens already in the cache.
+        batch_size: sequences decoded together.
+
+    Returns:
+        Tokens per second over the whole batch, on one H100.
+    """
+    cost = model_cost(config, context, precision)
+    kinds = {kind: cost.by_kind[kind].cache_bytes for kind in cost.by_kind}
+    state = sum(size for kind, size in kinds.items() if kind in LINEAR_MIXERS) + cost.conv_state_bytes
+    moved = WEIGHT_BYTES * cost.total_params + batch_size * (cost.cache_bytes + state)
+    # The mean over the positions of a sequence twice as long is what the token at `context` sees.
+    arithmetic = batch_size * model_cost(config, 2 * context - 1, precision).flops_per_token
+    return batch_size / max(moved / H100_BYTES_PER_SECOND, arithmetic / H100_FLOPS_PER_SECOND)

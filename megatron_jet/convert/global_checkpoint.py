@@ -122,7 +122,10 @@ class _LazyPlanner(DefaultSavePlanner):
 
 
 def write_checkpoint(
-    path: str | Path, tensors: Mapping[str, LazyTensor | Tensor], model_config: dict | None = None
+    path: str | Path,
+    tensors: Mapping[str, LazyTensor | Tensor],
+    model_config: dict | None = None,
+    add_files: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a complete checkpoint, or nothing: a temporary directory beside `path` is renamed at the end.
 
@@ -130,6 +133,7 @@ def write_checkpoint(
         path: directory to make; an existing one is replaced.
         tensors: whole tensors by checkpoint key.
         model_config: kept beside the weights as model_config.json.
+        add_files: called with the temporary directory to put more files beside the weights.
     """
     lazy = {key: LazyTensor.of(t) if isinstance(t, Tensor) else t for key, t in tensors.items()}
     with replaced_directory(path) as temporary:
@@ -140,10 +144,12 @@ def write_checkpoint(
             with _without_process_group():
                 dcp.save(plan, storage_writer=writer, planner=_LazyPlanner(lazy), no_dist=True)
         except dcp.api.CheckpointException as error:
-            raise next(iter(error.failures.values()))[0] from None  # the user error of a row, not its wrapping
+            raise next(iter(error.failures.values()))[0] from None  # what went wrong, without the writer's wrapping
         torch.save({}, temporary / "common.pt")
         if model_config is not None:
             write_json(temporary / "model_config.json", model_config)
+        if add_files is not None:
+            add_files(temporary)
         write_json(temporary / COMPLETE_MARK, {"sharded_backend": "torch_dist", "sharded_backend_version": 1})
 
 
@@ -174,8 +180,10 @@ def replaced_directory(path: str | Path) -> Iterator[Path]:
         os.rename(temporary, path)
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
         raise
 
 

@@ -1,26 +1,25 @@
 """Run one stage: skip it when it is finished, resume it when it was cut off, start over when its inputs changed."""
 
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_jet.configs.candidates import candidate_names
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import hash_json, read_json, write_json
-from megatron_jet.configs.results import RESULT_TYPES, StageResult
+from megatron_jet.configs.results import RESULT_TYPES, CandidateResult, StageResult
 from megatron_jet.postnas.catalog import stage_named
 from megatron_jet.postnas.processes import interruptible, on_main, rank
-from megatron_jet.postnas.stage import StageContext
+from megatron_jet.postnas.stage import Stage, StageContext, clear_directory
 from megatron_jet.postnas.status import StageStatus
 from megatron_jet.training.signals import Interrupted
-
-KEPT_WHEN_CLEARED = ("log.txt",)
 
 
 def run_stage(ctx: StageContext, name: str) -> StageResult:
     """Bring one stage to its end. Collective over all ranks.
 
     Args:
-        ctx: run directory and config; its status is replaced by one for this stage.
+        ctx: run directory and config.
         name: of the stage.
 
     Returns:
@@ -32,27 +31,30 @@ def run_stage(ctx: StageContext, name: str) -> StageResult:
     """
     stage = stage_named(name)
     directory = ctx.stage_dir(name)
-    inputs = on_main(lambda: stage.inputs(ctx))
-    digest = hash_json(inputs)
-    finished = on_main(lambda: finished_result(directory, name, digest))
-    if finished is not None:
-        return finished
-    status = StageStatus(directory / "status.json" if rank() == 0 else None)
-    ctx = StageContext(ctx.run_dir, ctx.config, status)
-    on_main(lambda: _open_directory(directory, inputs, digest))
-    status.begin()
-    try:
-        with interruptible():
-            result = stage.run(ctx, digest)
+
+    def work(own: StageContext) -> StageResult:
+        result = stage.run(own, digest)
         on_main(lambda: write_json(directory / "result.json", result.to_dict()))
-    except (Interrupted, KeyboardInterrupt) as error:
-        status.end("interrupted", str(error) or "interrupted")
-        raise
-    except BaseException as error:
-        status.end("failed", describe(error))
-        raise
-    status.end("done")
-    return result
+        return result
+
+    digest, finished = on_main(lambda: _look_up(ctx, stage, directory))
+    return finished if finished is not None else _with_status(ctx, directory, work)
+
+
+def run_candidate(ctx: StageContext, stage_name: str, name: str) -> CandidateResult:
+    """Train and score one candidate of a selection stage. Others of the same stage may run elsewhere meanwhile.
+
+    The stage itself, run afterwards, finds the result and ranks.
+
+    Raises:
+        UserError: the stage has no such candidate.
+    """
+    stage = stage_named(stage_name)
+    known = candidate_names(ctx.config, stage_name)
+    if name not in known:
+        raise UserError(f"stage '{stage_name}' has no candidate '{name}'; known: {', '.join(known) or 'none'}")
+    directory = ctx.stage_dir(stage_name) / "jobs" / name
+    return _with_status(ctx, directory, lambda own: stage.run_candidate(own, name))
 
 
 def finished_result(directory: Path, name: str, digest: str) -> StageResult | None:
@@ -73,23 +75,37 @@ def describe(error: BaseException) -> str:
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"[:500]
 
 
-def _open_directory(directory: Path, inputs: dict[str, Any], digest: str) -> None:
-    """Keep unfinished work that belongs to these inputs; drop everything else, and what a kill left half-written."""
+def _look_up(ctx: StageContext, stage: Stage, directory: Path) -> tuple[str, StageResult | None]:
+    """Hash of the inputs, and the finished result; without one the directory is made ready. Rank 0 only."""
+    inputs = stage.inputs(ctx)
+    digest = hash_json(inputs)
+    finished = finished_result(directory, stage.name, digest)
+    if finished is None:
+        _open_directory(directory, inputs, digest, stage.kept)
+    return digest, finished
+
+
+def _open_directory(directory: Path, inputs: dict[str, Any], digest: str, kept: tuple[str, ...]) -> None:
+    """Keep unfinished work that belongs to these inputs; drop everything else."""
     record = directory / "inputs.json"
     if record.is_file() and read_json(record).get("hash") != digest:
-        for entry in directory.iterdir():
-            if entry.name not in KEPT_WHEN_CLEARED:
-                _remove(entry)
+        clear_directory(directory, keep=("log.txt", *kept))
     (directory / "result.json").unlink(missing_ok=True)
-    directory.mkdir(parents=True, exist_ok=True)
-    for leftover in list(directory.rglob(".*")):
-        if leftover.name != ".metadata":
-            _remove(leftover)
     write_json(record, {"hash": digest, "inputs": inputs})
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+def _with_status[R](ctx: StageContext, directory: Path, work: Callable[[StageContext], R]) -> R:
+    """Do some work with a status.json beside it that says how it goes and how it ended."""
+    status = StageStatus(directory / "status.json" if rank() == 0 else None)
+    status.begin()
+    try:
+        with interruptible():
+            result = work(StageContext(ctx.run_dir, ctx.config, status))
+    except (Interrupted, KeyboardInterrupt) as error:
+        status.end("interrupted", str(error) or "interrupted")
+        raise
+    except BaseException as error:
+        status.end("failed", describe(error))
+        raise
+    status.end("done")
+    return result

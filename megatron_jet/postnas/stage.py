@@ -1,6 +1,6 @@
 """What a stage is: its inputs, its work, its place in the run directory, and pieces of work that survive a kill."""
 
-import time
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from megatron_jet.configs.base import StrictModel
 from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.files import hash_json, read_json, write_json
+from megatron_jet.configs.files import read_json, write_json
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.results import RESULT_TYPES, PrepareResult, StageResult
 from megatron_jet.configs.run import RunConfig
@@ -83,9 +83,11 @@ class Stage(Protocol):
 
     Attributes:
         name: as in STAGE_ORDER.
+        kept: entries of its directory that changed inputs do not make worthless.
     """
 
     name: str
+    kept: tuple[str, ...]
 
     def inputs(self, ctx: StageContext) -> dict[str, Any]:
         """Everything the result depends on, as JSON: settings, and results of earlier stages without clock figures."""
@@ -132,18 +134,12 @@ def persisted[M: StrictModel](path: Path, kind: type[M], compute: Callable[[], M
     return value
 
 
-class Stopwatch:
-    """Seconds of a stage over all its restarts. The status file carries what earlier attempts took."""
-
-    def __init__(self, status: StageStatus):
-        self._start = time.monotonic()
-        self._before = status.seconds_before
-
-    @property
-    def seconds(self) -> float:
-        return self._before + time.monotonic() - self._start
-
-
-def inputs_hash(inputs: dict[str, Any]) -> str:
-    """Hash that binds a result to its inputs."""
-    return hash_json(inputs)
+def clear_directory(directory: Path, keep: tuple[str, ...] = ()) -> None:
+    """Remove everything in a directory but the entries named."""
+    for entry in directory.iterdir():
+        if entry.name in keep:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""status.json of a running stage: what the launcher shows while it waits."""
+"""status.json of a running stage or candidate: what the launcher shows while it waits."""
 
 import os
 import socket
@@ -6,16 +6,24 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_jet.configs.files import read_json, write_json
 
 WRITE_EVERY = 1.0  # seconds; a file per training step would cost more than a small step
+LOSSES = ("loss", "feature", "kl", "cross_entropy")
+
+State = Literal["running", "done", "failed", "interrupted"]
 
 
 @dataclass
 class StageStatus:
-    """Writes status.json atomically and not too often. Without a path it keeps quiet (ranks above 0, tests)."""
+    """Writes status.json atomically and not too often. Without a path it keeps quiet (ranks above 0).
+
+    Attributes:
+        path: the file.
+        seconds_before: that earlier, interrupted attempts took.
+    """
 
     path: Path | None = None
     seconds_before: float = 0.0
@@ -26,30 +34,45 @@ class StageStatus:
         self._written = 0.0
 
     def begin(self) -> None:
-        """Mark the stage running; seconds of interrupted attempts before this one are carried on."""
+        """Mark as running. Seconds of interrupted attempts are carried on."""
         if self.path is not None and self.path.is_file():
             self.seconds_before = float(read_json(self.path).get("measured", {}).get("seconds", 0.0))
         self._row = {"pid": os.getpid(), "host": socket.gethostname(), "started": _now()}
         self._write("running")
 
-    def update(self, **fields: Any) -> None:
-        """Progress: step, total_steps, losses, job (what is worked on)."""
-        self._row.update(fields)
+    def phase(self, text: str) -> None:
+        """What is done now, for example "training gla"."""
+        for key in ("step", "total_steps", "losses", "tokens_per_second"):
+            self._row.pop(key, None)
+        self._row["job"] = text
+        self._write("running")
+
+    def observe(self, row: dict[str, Any]) -> None:
+        """A row of metrics.jsonl: the trainer's observer."""
+        if row["split"] != "train":
+            return
+        self._row |= {key: row[key] for key in ("step", "total_steps", "tokens_per_second") if key in row}
+        self._row["losses"] = {key: row[key] for key in LOSSES if key in row}
         if time.monotonic() - self._written >= WRITE_EVERY:
             self._write("running")
 
-    def end(self, state: str, message: str | None = None) -> None:
+    def end(self, state: State, error: str | None = None) -> None:
         """`done`, `failed` or `interrupted`, with one line that says why."""
-        if message is not None:
-            self._row["message"] = message
+        if error is not None:
+            self._row["message"] = error
+        self._row["finished"] = _now()
         self._write(state)
 
-    def _write(self, state: str) -> None:
+    @property
+    def seconds(self) -> float:
+        """Spent so far, over all attempts."""
+        return self.seconds_before + time.monotonic() - self._start
+
+    def _write(self, state: State) -> None:
         self._written = time.monotonic()
-        if self.path is None:
-            return
-        seconds = self.seconds_before + time.monotonic() - self._start
-        write_json(self.path, {"state": state, **self._row, "updated": _now(), "measured": {"seconds": seconds}})
+        if self.path is not None:
+            row = {"state": state, **self._row, "updated": _now(), "measured": {"seconds": self.seconds}}
+            write_json(self.path, row)
 
 
 def _now() -> str:

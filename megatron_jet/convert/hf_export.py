@@ -1,0 +1,153 @@
+"""Megatron checkpoint -> Hugging Face directory, shard by shard."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.files import read_json, write_text
+from megatron_jet.configs.hf_format import HYBRIDS, model_from_hf, model_to_hf
+from megatron_jet.configs.model import ModelConfig
+from megatron_jet.convert.global_checkpoint import GlobalCheckpoint, replaced_directory
+from megatron_jet.convert.hf_files import OutTensor, write_hf_tensors
+from megatron_jet.convert.hf_import import COMPANIONS, copy_companions, finite, refuse_existing
+from megatron_jet.convert.hf_package import auto_map, write_modeling_code
+from megatron_jet.convert.weights import split_row
+from megatron_jet.mixers.params import ParamRow
+from megatron_jet.model.param_table import param_table
+
+Dtype = Literal["stored", "fp32", "bf16"]
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def export_hf(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    dtype: Dtype = "stored",
+    shard_bytes: int = 4 << 30,
+    force: bool = False,
+    companions: str | Path | None = None,
+    card: str | None = None,
+) -> ModelConfig:
+    """Convert a Megatron checkpoint to a Hugging Face directory that loads by itself, modeling code included.
+
+    Args:
+        checkpoint: model checkpoint of any layout with model_config.json beside the weights.
+        out: directory to make.
+        dtype: type of the weights; "stored" keeps every tensor's own. A_log stays in fp32 always.
+        shard_bytes: size of one safetensors file, which is also the memory needed.
+        force: replace an existing `out`.
+        companions: directory with the tokenizer's files; None: those kept at import, if any.
+        card: text of README.md; None: the one kept at import or a short one.
+
+    Returns:
+        The model's config.
+
+    Raises:
+        UserError: an incomplete checkpoint, a missing, extra, mis-shaped or non-finite tensor, or an existing `out`.
+            Nothing is left half-written.
+    """
+    checkpoint, out = Path(checkpoint), Path(out)
+    refuse_existing(out, force)
+    source = GlobalCheckpoint(checkpoint)
+    model = checkpoint_config(checkpoint)
+    rows = param_table(model)
+    check_keys(model, rows, source)
+    tensors = [tensor for row in rows for tensor in _out_tensors(row, source, model, dtype)]
+    if companions is None and (checkpoint / COMPANIONS).is_dir():
+        companions = checkpoint / COMPANIONS
+    with replaced_directory(out) as temporary:
+        write_hf_tensors(temporary, tensors, shard_bytes)
+        if companions is not None:
+            copy_companions(Path(companions), temporary, skip=("config.json",))
+        _write_config(temporary / "config.json", model, checkpoint, _main_dtype(source, rows, dtype))
+        if card is not None:
+            write_text(temporary / "README.md", card)
+        if _is_hybrid(temporary):
+            write_modeling_code(temporary)
+    return model
+
+
+def checkpoint_config(checkpoint: str | Path) -> ModelConfig:
+    """ModelConfig kept beside a checkpoint's weights. Raises UserError when it is missing."""
+    path = Path(checkpoint) / "model_config.json"
+    if not path.is_file():
+        raise UserError(
+            f"{path} is missing; it says what model the weights belong to (tools/convert.py import writes it)"
+        )
+    stored = read_json(path)
+    stored.pop("schema_version", None)
+    return ModelConfig.parse(stored, str(path))
+
+
+def check_keys(model: ModelConfig, rows: list[ParamRow], source: GlobalCheckpoint) -> None:
+    """Raise UserError when the checkpoint's tensors are not those of the model."""
+    expected = {row.key: row.global_shape for row in rows}
+    missing = [key for key in expected if key not in source]
+    extra = [key for key in source if key not in expected and not key.startswith(("optimizer.", "chained_"))]
+    for what, keys in (("missing", missing), ("not part of the model", extra)):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise UserError(f"{source.path}: tensors {what}: {', '.join(sorted(keys)[:3])}{more}")
+    for key, shape in expected.items():
+        if source.shape(key) != shape:
+            raise UserError(
+                f"{source.path}: tensor '{key}' has shape {list(source.shape(key))}, the model needs {list(shape)}"
+            )
+
+
+def _out_tensors(row: ParamRow, source: GlobalCheckpoint, model: ModelConfig, dtype: Dtype) -> list[OutTensor]:
+    """A row's Hugging Face tensors. Each reads the checkpoint tensor anew: memory matters more here."""
+    kept = dtype == "stored" or row.dtype is not None
+    target = source.dtype(row.key) if kept else TORCH_DTYPES[dtype]
+
+    def maker(name: str):
+        def make() -> Tensor:
+            full = finite(source.read(row.key), row.key, source.path)
+            return split_row(row, full, model)[name].to(target)
+
+        return make
+
+    return [
+        OutTensor(name, torch.Size(shape).numel() * target.itemsize, maker(name))
+        for name, shape in zip(row.hf, row.shapes, strict=True)
+    ]
+
+
+def _main_dtype(source: GlobalCheckpoint, rows: list[ParamRow], dtype: Dtype) -> str:
+    """As config.json names it: the type of the embedding stands for the model."""
+    target = source.dtype(rows[0].key) if dtype == "stored" else TORCH_DTYPES[dtype]
+    return str(target).removeprefix("torch.")
+
+
+def _write_config(path: Path, model: ModelConfig, checkpoint: Path, dtype: str) -> None:
+    """The config.json of the import where it still describes the model, else one written from the ModelConfig.
+
+    The first keeps what we do not model, such as norm_eps written as a string, byte for byte.
+    """
+    config, text = model_to_hf(model, dtype), None
+    original = checkpoint / COMPANIONS / "config.json"
+    if original.is_file():
+        stored = read_json(original)
+        if model_from_hf(stored, str(original)) == model:
+            config, text = stored, original.read_text(encoding="utf-8")
+    changes = {}
+    dtype_key = "dtype" if "dtype" in config else "torch_dtype"
+    if config.get(dtype_key, dtype) != dtype:
+        changes[dtype_key] = dtype
+    if config["model_type"] in HYBRIDS and config.get("auto_map") != auto_map(config["model_type"]):
+        changes["auto_map"] = auto_map(config["model_type"])
+    write_text(path, text if text is not None and not changes else _dump({**config, **changes}))
+
+
+def _dump(config: Mapping) -> str:
+    return json.dumps(config, indent=2) + "\n"
+
+
+def _is_hybrid(directory: Path) -> bool:
+    return read_json(directory / "config.json")["model_type"] in HYBRIDS

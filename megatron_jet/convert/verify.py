@@ -1,0 +1,162 @@
+"""Is a Megatron checkpoint the same model as a Hugging Face directory? Compares both, layer by layer, in fp32."""
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.multiprocessing
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.model import ModelConfig
+from megatron_jet.configs.training import ParallelConfig
+from megatron_jet.convert.hf_export import checkpoint_config
+from megatron_jet.convert.hf_package import load_for_causal_lm
+
+SEQUENCES, LENGTH = 2, 96  # longer than one chunk of the chunked recurrences
+
+
+@dataclass(frozen=True)
+class LayerDifference:
+    """How much one layer's output (or the logits) differ.
+
+    Attributes:
+        name: "layer 3 (jet)" or "logits".
+        ratio: norm of the difference over norm of the Hugging Face tensor.
+        largest: largest absolute difference.
+    """
+
+    name: str
+    ratio: float
+    largest: float
+
+
+def verify(hf_dir: str | Path, checkpoint: str | Path, parallel: ParallelConfig) -> list[LayerDifference]:
+    """Run both models on the same random tokens.
+
+    Args:
+        hf_dir: Hugging Face directory.
+        checkpoint: model checkpoint with model_config.json.
+        parallel: layout of the Megatron side; tensor * pipeline processes are started on this machine.
+
+    Returns:
+        One row per layer, in order, and one for the logits.
+
+    Raises:
+        UserError: either model cannot be loaded, or the checkpoint does not fit the layout.
+    """
+    model = checkpoint_config(checkpoint)
+    model.check_parallel(parallel.tensor, parallel.pipeline)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, model.vocab_size, (SEQUENCES, LENGTH), generator=generator)
+    reference = hf_activations(hf_dir, tokens)
+    with tempfile.TemporaryDirectory() as directory:
+        job = _Job(str(checkpoint), model, parallel, tokens, directory)
+        processes = parallel.tensor * parallel.pipeline
+        try:
+            torch.multiprocessing.spawn(_worker, args=(job,), nprocs=processes)
+        except torch.multiprocessing.ProcessException as error:
+            raise UserError(f"{checkpoint}: the Megatron model failed: {_last_line(error)}") from None
+        found: dict[str, Tensor] = {}
+        for path in Path(directory).glob("*.safetensors"):
+            found |= load_file(path)
+    names = {str(i): f"layer {i} ({entry})" for i, entry in enumerate(model.layer_plan)} | {"logits": "logits"}
+    return [_difference(name, found[key], reference[key]) for key, name in names.items()]
+
+
+def first_different(rows: list[LayerDifference], tolerance: float) -> LayerDifference | None:
+    """The first row whose ratio is above the tolerance or is not a number."""
+    return next((row for row in rows if not row.ratio <= tolerance), None)
+
+
+def hf_activations(hf_dir: str | Path, tokens: Tensor) -> dict[str, Tensor]:
+    """Output of every layer and the logits of a Hugging Face model: "0", "1", ..., "logits"."""
+    model = load_for_causal_lm(hf_dir, dtype=torch.float32)
+    outputs: dict[str, Tensor] = {}
+
+    def keep(index: int):
+        def hook(module, inputs, output) -> None:
+            outputs[str(index)] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    for index, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(keep(index))
+    with torch.no_grad():
+        outputs["logits"] = model(input_ids=tokens, use_cache=False).logits
+    return {name: tensor.float().cpu() for name, tensor in outputs.items()}
+
+
+@dataclass(frozen=True)
+class _Job:
+    checkpoint: str
+    model: ModelConfig
+    parallel: ParallelConfig
+    tokens: Tensor
+    out: str
+
+
+def _worker(rank: int, job: _Job) -> None:
+    """One rank of the Megatron side: writes the layers (and logits) it holds."""
+    from megatron_jet.training import cpu_backend
+
+    cpu_backend.install()
+    import torch.distributed as dist
+    from megatron.core import parallel_state, tensor_parallel
+
+    from megatron_jet.model.builder import build_model
+    from megatron_jet.model.features import collect_features
+    from megatron_jet.training.checkpoint import load_model
+    from megatron_jet.training.parallel import destroy_parallel, init_parallel
+
+    os.environ["LOCAL_RANK"] = str(rank)
+    world_size = job.parallel.tensor * job.parallel.pipeline
+    store = dist.FileStore(f"{job.out}/store", world_size)
+    init_parallel(job.parallel, 0, store=store, rank=rank, world_size=world_size)
+    chunks = build_model(job.model, job.parallel, dtype="fp32", init_seed=None)
+    load_model(chunks, job.checkpoint)
+    device = next(chunks[0].parameters()).device
+    with torch.no_grad(), collect_features(chunks) as features:
+        logits = _forward(chunks[0].eval(), job, device)
+    tensors = {str(layer): hidden.transpose(0, 1) for layer, hidden in features.items()}  # [b, s, h]
+    if logits is not None:
+        tensors["logits"] = tensor_parallel.gather_from_tensor_model_parallel_region(logits)
+    if parallel_state.get_tensor_model_parallel_rank() == 0:
+        save_file({k: v.float().cpu().contiguous() for k, v in tensors.items()}, f"{job.out}/{rank}.safetensors")
+    destroy_parallel()
+
+
+def _forward(chunk, job: _Job, device: torch.device) -> Tensor | None:
+    """One forward through all pipeline stages. Logits [b, s, vocab / tp] on the last one, None on the others."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    tokens = job.tokens.to(device)
+    positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
+    if not chunk.pre_process:
+        hidden = torch.empty(tokens.shape[1], tokens.shape[0], job.model.hidden_size, device=device)  # [s, b, h]
+        dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
+        chunk.set_input_tensor(hidden)
+    output = chunk(tokens, positions, None)
+    if chunk.post_process:
+        return output
+    dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
+    return None
+
+
+def _difference(name: str, found: Tensor, reference: Tensor) -> LayerDifference:
+    if found.shape != reference.shape:
+        raise UserError(
+            f"output {name} has shape {list(found.shape)}, in the Hugging Face model {list(reference.shape)}"
+        )
+    difference = found - reference
+    ratio = float(difference.norm() / reference.norm().clamp_min(1e-30))
+    return LayerDifference(name, ratio, float(difference.abs().max()))
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,69 @@
+"""Worker: run stages of a run directory, alone or under torchrun or srun.
+
+    python -m megatron_jet.run_stage RUN_DIR STAGE[:CANDIDATE] [STAGE...]
+
+Exit codes: 0 done, 1 failed, 2 usage, 75 interrupted and worth running again.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_jet.configs.candidates import split_target
+from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.overrides import load_yaml
+from megatron_jet.configs.run import RunConfig
+from megatron_jet.configs.stages import STAGE_ORDER
+
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 75
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the stages named on the command line, in the order given."""
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_jet.run_stage",
+        description="Run stages of a run directory (normally called by the launcher).",
+        epilog="example: python -m megatron_jet.run_stage runs/tiny placement block_selection:jet",
+    )
+    parser.add_argument("run_dir", type=Path, help="directory with config.yaml")
+    parser.add_argument("stages", nargs="+", metavar="STAGE[:CANDIDATE]", help=f"one of {', '.join(STAGE_ORDER)}")
+    args = parser.parse_args(arguments)
+    try:
+        targets = [split_target(stage) for stage in args.stages]
+        config = RunConfig.parse(load_yaml(args.run_dir / "config.yaml"), str(args.run_dir / "config.yaml"))
+        return run_targets(args.run_dir.resolve(), config, targets)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_FAILED
+
+
+def run_targets(run_dir: Path, config: RunConfig, targets: list[tuple[str, str | None]]) -> int:
+    """Run stages and candidates one after the other in this process. Raises UserError for bad input."""
+    from megatron_jet.training import cpu_backend
+
+    cpu_backend.install()  # before anything imports Megatron
+    from megatron_jet.postnas.pipeline import run_candidate, run_stage
+    from megatron_jet.postnas.processes import world
+    from megatron_jet.postnas.stage import StageContext
+    from megatron_jet.postnas.stage_log import redirect_output
+    from megatron_jet.training.signals import Interrupted
+
+    ctx = StageContext(run_dir, config)
+    try:
+        with world():
+            for stage, candidate in targets:
+                directory = ctx.stage_dir(stage)
+                redirect_output(directory if candidate is None else directory / "jobs" / candidate)
+                if candidate is None:
+                    run_stage(ctx, stage)
+                else:
+                    run_candidate(ctx, stage, candidate)
+    except (Interrupted, KeyboardInterrupt) as error:
+        print(f"interrupted: {error}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+#!/usr/bin/env python3
+"""Hugging Face <-> Megatron checkpoints. Thin: the work is in megatron_jet/convert."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # runs from a checkout that is not installed as well
+
+EPILOG = """examples:
+  python tools/convert.py import models/Qwen2.5-1.5B checkpoints/teacher
+  python tools/convert.py export runs/tiny/prepared/teacher exported --dtype bf16
+  python tools/convert.py verify models/Qwen2.5-1.5B checkpoints/teacher --tp 2
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tools/convert.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawTextHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="import|export|verify")
+    keep = {"epilog": EPILOG, "formatter_class": argparse.RawTextHelpFormatter}
+
+    imports = commands.add_parser("import", help="Hugging Face directory to Megatron checkpoint", **keep)
+    imports.add_argument("hf_dir", type=Path, metavar="HF_DIR")
+    imports.add_argument("out", type=Path, metavar="OUT")
+
+    export = commands.add_parser("export", help="Megatron checkpoint to Hugging Face directory", **keep)
+    export.add_argument("checkpoint", type=Path, metavar="CKPT")
+    export.add_argument("out", type=Path, metavar="OUT_HF_DIR")
+    export.add_argument("--dtype", choices=("stored", "fp32", "bf16"), default="stored", help="type of the weights")
+    export.add_argument("--tokenizer", type=Path, help="directory with the tokenizer's files to put beside the weights")
+    export.add_argument("--shard-bytes", type=int, default=4 << 30, help="size of one safetensors file")
+
+    for command in (imports, export):
+        command.add_argument("--force", action="store_true", help="replace an existing output")
+
+    verify = commands.add_parser("verify", help="compare logits of both, layer by layer", **keep)
+    verify.add_argument("hf_dir", type=Path, metavar="HF_DIR")
+    verify.add_argument("checkpoint", type=Path, metavar="CKPT")
+    verify.add_argument("--tp", type=int, default=1, help="tensor-parallel size of the Megatron model")
+    verify.add_argument("--pp", type=int, default=1, help="pipeline-parallel size of the Megatron model")
+    verify.add_argument("--tolerance", type=float, default=1e-4, help="relative difference that still counts as equal")
+    verify.add_argument("--json", action="store_true", help="print the comparison as JSON")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = build_parser().parse_args(arguments)
+    from megatron_jet.configs.errors import UserError
+    from megatron_jet.training import cpu_backend
+
+    try:
+        cpu_backend.install()
+        return {"import": run_import, "export": run_export, "verify": run_verify}[args.command](args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def run_import(args: argparse.Namespace) -> int:
+    from megatron_jet.convert.hf_import import import_hf
+
+    model = import_hf(args.hf_dir, args.out, force=args.force)
+    print(f"imported {args.hf_dir} ({model.num_layers} layers: {summary(model)}) into {args.out}")
+    return 0
+
+
+def run_export(args: argparse.Namespace) -> int:
+    from megatron_jet.convert.hf_export import export_hf
+
+    model = export_hf(
+        args.checkpoint,
+        args.out,
+        dtype=args.dtype,
+        shard_bytes=args.shard_bytes,
+        force=args.force,
+        companions=args.tokenizer,
+    )
+    print(f"exported {args.checkpoint} ({model.num_layers} layers: {summary(model)}) to {args.out}")
+    return 0
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    from megatron_jet.configs.training import ParallelConfig
+    from megatron_jet.convert.verify import first_different, verify
+
+    rows = verify(args.hf_dir, args.checkpoint, ParallelConfig(tensor=args.tp, pipeline=args.pp))
+    different = first_different(rows, args.tolerance)
+    if args.json:
+        plain = [row.__dict__ for row in rows]
+        print(json.dumps({"rows": plain, "first_different": different and different.name}))
+    else:
+        for row in rows:
+            print(f"{row.name:12} relative {row.ratio:.2e}  largest {row.largest:.2e}")
+    if different is not None:
+        print(f"error: {different.name} differs first (relative {different.ratio:.2e})", file=sys.stderr)
+        return 1
+    if not args.json:
+        print("equal")
+    return 0
+
+
+def summary(model) -> str:
+    kinds = [entry.partition(":")[0] for entry in model.layer_plan]
+    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
