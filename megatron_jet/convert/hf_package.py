@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -80,13 +81,25 @@ def load_for_causal_lm(hf_dir: Path | str, dtype: torch.dtype | str = "auto", **
         model_class = AutoModelForCausalLM
     try:
         model, found = model_class.from_pretrained(
-            hf_dir, dtype=dtype, local_files_only=True, output_loading_info=True, **options
+            hf_dir,
+            dtype=dtype,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
+            **options,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UserError(f"{hf_dir}: {lines[-1] if lines else type(error).__name__}") from error
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if found[problem]:
-            names = ", ".join(sorted(str(name) for name in found[problem])[:3])
-            raise UserError(f"{hf_dir}: {len(found[problem])} {problem.replace('_keys', '')} tensors, such as {names}")
+    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        raise UserError(f"{hf_dir}: {_one_line(error)}") from error
+    for name, in_file, expected in found["mismatched_keys"]:
+        raise UserError(f"{hf_dir}: {name} has shape {list(in_file)}, the config asks for {list(expected)}")
+    for problem in ("missing", "unexpected"):
+        names = sorted(found[f"{problem}_keys"])
+        if names:
+            raise UserError(f"{hf_dir}: {len(names)} {problem} tensors, such as {', '.join(names[:3])}")
     return model.eval()
+
+
+def _one_line(error: Exception) -> str:
+    """The last line of a message: transformers puts the reason below its heading."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1].removeprefix("ValueError: ") if lines else type(error).__name__
