@@ -12,10 +12,10 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as megatron_torch_strategy
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import write_json
@@ -42,9 +42,8 @@ def save_model(chunks: list[nn.Module], path: str | Path, model_config: dict[str
     if problem is None:
         try:
             save_sharded(sharded_state(chunks), temporary)
-        except (OSError, CheckpointingException, RuntimeError) as error:
+        except OSError as error:
             problem = str(error)
-        problem = next((p for p in _all_ranks(problem) if p), None)
     if problem is None:
         problem = _on_rank_0(lambda: _finish(temporary, path, model_config))
     if problem is not None:
@@ -68,8 +67,8 @@ def load_model(chunks: list[nn.Module], path: str | Path, strict: bool = True) -
     try:
         with _quiet():
             stored = dist_checkpointing.load_tensors_metadata(str(path))
-    except Exception as error:  # torch raises many kinds for damaged metadata
-        raise UserError(f"{path}: checkpoint metadata cannot be read ({type(error).__name__}: {error})") from None
+    except (Exception, CheckpointException) as error:  # torch raises many kinds for damaged metadata
+        raise UserError(f"{path}: checkpoint metadata cannot be read ({root_cause(error)})") from None
     shapes = {shard.key: tuple(shard.global_shape) for shard in local_shards(chunks)}
     for key in sorted(set(shapes) & set(stored)):
         if shapes[key] != tuple(stored[key].global_shape):
@@ -88,8 +87,8 @@ def load_model(chunks: list[nn.Module], path: str | Path, strict: bool = True) -
     try:
         with _quiet():
             loaded = dist_checkpointing.load(state, str(path), validate_access_integrity=False)
-    except Exception as error:
-        raise UserError(f"{path}: checkpoint is damaged ({type(error).__name__}: {str(error)[:200]})") from None
+    except (Exception, CheckpointException) as error:  # the latter is not an Exception
+        raise UserError(f"{path}: checkpoint is damaged ({root_cause(error)})") from None
     for i, chunk in enumerate(chunks):
         # Extra states of Transformer Engine are not part of our checkpoints, and partial loads leave tensors out.
         unwrap(chunk).load_state_dict(loaded[f"model{i}"], strict=False)
@@ -100,17 +99,64 @@ def save_sharded(state: dict[str, Any], path: str | Path) -> None:
 
     Megatron hands the writer's results over through a manager process, which takes seconds to start and which only its
     asynchronous save needs. Here the writer is this process, so an ordinary queue does.
+
+    Raises:
+        OSError: some rank could not write; the message says why, on all ranks.
     """
     before = filesystem_async._results_queue
     logger = logging.getLogger(megatron_torch_strategy.__name__)
     level = logger.level
     filesystem_async._results_queue = queue.Queue()
     logger.setLevel(logging.ERROR)  # it warns that the asynchronous save underneath is deprecated
+    problem = None
     try:
-        dist_checkpointing.save(state, str(path))
+        with _writer_errors() as errors:
+            dist_checkpointing.save(state, str(path))
+    except (Exception, CheckpointException) as error:  # torch's exception is no Exception
+        problem = (0, errors[0]) if errors else (1, root_cause(error))
     finally:
         filesystem_async._results_queue = before
         logger.setLevel(level)
+    problems = [p for p in _all_ranks(problem) if p]
+    if problems:
+        raise OSError(min(problems)[1])
+
+
+@contextlib.contextmanager
+def _writer_errors() -> Iterator[list[str]]:
+    """What the writer logs as errors: it passes on no more than their type."""
+    logger = logging.getLogger(filesystem_async.__name__)
+    errors: list[str] = []
+
+    def note(record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.ERROR:
+            errors.append(record.getMessage().rpartition("error: ")[2].partition("] ")[2] or record.getMessage())
+        return record.levelno < logging.ERROR
+
+    logger.addFilter(note)
+    try:
+        yield errors
+    finally:
+        logger.removeFilter(note)
+
+
+def load_sharded(state: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """Megatron's load of any sharded state dict, without its warnings."""
+    with _quiet():
+        return dist_checkpointing.load(state, str(path))
+
+
+def root_cause(error: BaseException) -> str:
+    """The first error of a chain in one line: checkpoint libraries wrap the interesting one several times."""
+    failures = getattr(error, "_failures", None)  # torch's error that gathers those of all ranks
+    if failures:
+        return root_cause(next(iter(failures.values()))[0])
+    cause = error.__cause__ or error.__context__
+    if cause is not None:
+        return root_cause(cause)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def check_complete(path: str | Path) -> None:

@@ -1,5 +1,6 @@
 """AdamW on Megatron's gradient buffers, with the distributed optimiser or without."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -75,6 +76,8 @@ class Optimizer:
     ):
         self.chunks = chunks
         self.config = config
+        # The distributed optimiser's fp32 shards are views of the weights, and torch warns that they have gradients.
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
         chained = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",

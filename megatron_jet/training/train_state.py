@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch import nn
 
@@ -26,7 +26,7 @@ from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import read_json, write_json
 from megatron_jet.configs.training import TrainingConfig
 from megatron_jet.model.state import CHECKPOINT_METADATA, sharded_state
-from megatron_jet.training.checkpoint import load_model, save_model, save_sharded
+from megatron_jet.training.checkpoint import load_model, load_sharded, root_cause, save_model, save_sharded
 from megatron_jet.training.freezing import named_parameters
 from megatron_jet.training.optimizer import Optimizer
 
@@ -176,7 +176,9 @@ class CheckpointFolder:
         problem = None
         try:
             write()
-        except Exception as error:  # noqa: BLE001 (whatever went wrong, ranks must agree)
+        except UserError as error:
+            problem = str(error)
+        except Exception as error:  # whatever went wrong, ranks must agree on it
             problem = root_cause(error)
         problems: list = [None] * dist.get_world_size()
         dist.all_gather_object(problems, problem)
@@ -215,19 +217,6 @@ def check_complete(directory: Path) -> tuple[str | None, dict]:
     return None, marker
 
 
-def root_cause(error: BaseException) -> str:
-    """The first error of a chain in one line: checkpoint libraries wrap the interesting one several times."""
-    inner = getattr(error, "_failures", None)  # torch.distributed.checkpoint's errors of all ranks
-    if inner:
-        return root_cause(next(iter(inner.values()))[0])
-    cause = error.__cause__ or error.__context__
-    if cause is not None:
-        return root_cause(cause)
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-
-
 def _state_to_save(chunks, optimizer: Optimizer, progress: Progress, data_state: Any) -> dict:
     """The sharded state dict of everything but the weights. Collective."""
     steps = _gathered_adam_steps(chunks, optimizer)
@@ -254,7 +243,7 @@ def _load_state(chunks, optimizer: Optimizer, path: Path, marker: dict) -> tuple
     same_layout = marker["layout"] == _layout()
     if same_layout:
         wanted["rng"] = _rng_object(None)
-    loaded = dist_checkpointing.load(wanted, str(path))
+    loaded = load_sharded(wanted, path)
     optimizer.megatron.load_state_dict(loaded["optimizer"])
     optimizer.set_adam_steps(
         {parameter: loaded["adam_steps"].get(name) for name, parameter in named_parameters(chunks)}

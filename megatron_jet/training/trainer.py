@@ -89,11 +89,11 @@ class Trainer:
         if self.job.sampling is not None:
             set_paths(self.student, self.job.sampling.draw(step))
         self.optimizer.zero_grad()
-        terms = run_microbatches(self.models, batches, normalizer(batches), forward_only=False)
-        losses = self._losses(named_terms(terms))
+        terms = named_terms(run_microbatches(self.models, batches, normalizer(batches), forward_only=False))
+        losses = self._losses(terms)
         grad_norm = self.optimizer.gradient_norm()
         lr = learning_rate(training.optimizer, step, training.steps)
-        problem = first_non_finite({**losses, "grad_norm": grad_norm})
+        problem = first_non_finite({**terms, "grad_norm": grad_norm})
         if problem is None:
             self.optimizer.apply(lr, undrawn=idle_parameters(self.student))
         self._count(losses, problem, time.monotonic() - started)
