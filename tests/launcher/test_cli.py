@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -37,12 +36,11 @@ def test_every_help_has_an_example(launcher, command):
 
 def test_help_answers_within_a_second_and_imports_nothing_heavy():
     command = [sys.executable, "-X", "importtime", str(SCRIPT), "run", "--help"]
-    best = float("inf")
-    for _ in range(3):  # a busy machine can delay one start
-        start = time.monotonic()
-        result = subprocess.run(command, capture_output=True, text=True, check=True)
-        best = min(best, time.monotonic() - start)
-    assert best < 1.0
+    start = os.times()
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    end = os.times()
+    # Processor time, which a busy machine does not stretch.
+    assert end.children_user + end.children_system - start.children_user - start.children_system < 1.0
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
     assert not imported & {"torch", "nemo_run", "numpy", "megatron_jet.configs.run"}
 

@@ -1,0 +1,258 @@
+"""Published parameter counts and cache sizes, and the tool that prints them."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_jet.configs.cost import model_cost
+from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.estimate import is_trainable, trainable_params, training_flops_per_token, training_memory
+from megatron_jet.configs.estimate_text import format_bytes, format_count, format_seconds, table
+from megatron_jet.configs.hf_format import model_to_hf
+from megatron_jet.configs.mixers.gated_delta_net import GatedDeltaNetConfig
+from megatron_jet.configs.recipes.jet_nemotron import jet_nemotron_2b, jet_nemotron_4b
+from megatron_jet.configs.recipes.known_models import (
+    KNOWN_MODELS,
+    jet_nemotron_2b_model,
+    jet_nemotron_4b_model,
+    qwen2_5_1_5b,
+    qwen2_5_3b,
+    qwen3_1_7b,
+)
+from megatron_jet.configs.recipes.tiny import tiny
+from megatron_jet.configs.run_estimate import estimate_run, planned_student
+from megatron_jet.configs.training import LossConfig, ParallelConfig
+
+SCRIPT = Path(__file__).parents[2] / "tools" / "estimate.py"
+MIB = 1 << 20
+# Jet-Nemotron paper, hardware-aware search: d_k, d_v, heads -> billions of parameters.
+GRID = {
+    (256, 288, 4): 1.62,
+    (192, 384, 4): 1.64,
+    (128, 576, 4): 1.70,
+    (192, 192, 8): 1.70,
+    (128, 288, 8): 1.74,
+    (128, 192, 12): 1.78,
+    (96, 256, 12): 1.84,
+    (64, 384, 12): 1.98,
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "billions"), [(jet_nemotron_2b_model(), 1.965), (jet_nemotron_4b_model(), 3.960), (qwen2_5_1_5b(), 1.544)]
+)
+def test_parameters(model, billions):
+    assert round(model_cost(model, 1).total_params / 1e9, 3) == billions
+
+
+@pytest.mark.parametrize(
+    ("model", "mib"),
+    [
+        (qwen2_5_1_5b(), 1792.0),
+        (qwen3_1_7b(), 7168.0),
+        (jet_nemotron_2b_model(), 157.25),
+        (jet_nemotron_4b_model(), 258.0),
+    ],
+)
+def test_cache_at_64k(model, mib):
+    assert model_cost(model, 65536).cache_bytes == mib * MIB
+
+
+@pytest.mark.parametrize(("sizes", "billions"), GRID.items())
+def test_grid_of_the_hardware_search(sizes, billions):
+    d_k, d_v, heads = sizes
+    mixer = GatedDeltaNetConfig(num_heads=heads, head_dim=d_k, expand_v=d_v / d_k)
+    plan = tuple("attn" if i in (14, 19, 20, 21) else "gated_delta_net" for i in range(28))
+    model = qwen2_5_1_5b().with_plan(plan, {"gated_delta_net": mixer})
+    assert model_cost(model, 1).total_params / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+def test_parts_add_up_to_the_whole():
+    for build in KNOWN_MODELS.values():
+        cost = model_cost(build(), 4096)
+        assert cost.total_params == cost.embedding_params + cost.mlp_params + cost.norm_params + cost.mixer_params
+        assert cost.cache_bytes == sum(part.cache_bytes for part in cost.by_kind.values())
+        assert sum(part.layers for part in cost.by_kind.values()) == build().num_layers
+
+
+def test_cache_grows_with_the_context_in_full_layers_only():
+    short, long = (model_cost(jet_nemotron_2b_model(), n).by_kind for n in (4096, 65536))
+    assert long["attn"].cache_bytes == 16 * short["attn"].cache_bytes
+    assert long["jet"].cache_bytes == short["jet"].cache_bytes
+    assert long["swa"].cache_bytes == short["swa"].cache_bytes
+    below_window = model_cost(jet_nemotron_2b_model(), 100).by_kind["swa"].cache_bytes
+    assert below_window == 2 * 100 * 2 * 2 * 128 * 2  # two layers, keys and values, two heads of 128 in two bytes
+
+
+def test_planned_student_of_the_paper_recipes_has_the_published_size():
+    for recipe, teacher, published in (
+        (jet_nemotron_2b(), qwen2_5_1_5b(), jet_nemotron_2b_model()),
+        (jet_nemotron_4b(), qwen2_5_3b(), jet_nemotron_4b_model()),
+    ):
+        student = planned_student(recipe, teacher)
+        assert model_cost(student, 65536).total_params == model_cost(published, 65536).total_params
+        assert model_cost(student, 65536).cache_bytes == model_cost(published, 65536).cache_bytes
+
+
+def test_budgets_that_do_not_fit_are_refused():
+    config = tiny().replace(placement=tiny().placement.replace(budget=5, swa_budget=30))
+    with pytest.raises(UserError, match="do not fit 28 layers"):
+        planned_student(config, qwen2_5_1_5b())
+
+
+def test_trainable_patterns():
+    assert is_trainable("a.b.weight", ("*",))
+    assert not is_trainable("a.b.weight", ("*", "!*.weight"))
+    assert is_trainable("a.b.weight", ("!*.weight", "*.b.*"))
+    assert not is_trainable("a.b.weight", ("*.c.*",))
+
+
+def test_trainable_groups_of_the_recipes():
+    student = planned_student(tiny(), qwen2_5_1_5b())
+    cost = model_cost(student, 1)
+    linear = cost.by_kind["jet"].mixer_params
+    assert trainable_params(student, tiny().placement.training.trainable) == linear
+    assert trainable_params(student, tiny().stage1.training.trainable) == cost.mixer_params
+    assert trainable_params(student, tiny().stage2.training.trainable) == cost.total_params
+
+
+def test_full_training_needs_three_forwards_and_the_teachers():
+    student, teacher, training = planned_student(tiny(), qwen2_5_1_5b()), qwen2_5_1_5b(), tiny().stage2.training
+    plain = training.replace(loss=LossConfig(cross_entropy=1.0))
+    forward = model_cost(student, training.seq_length).flops_per_token
+    assert training_flops_per_token(student, teacher, plain) == pytest.approx(3 * forward)
+    taught = forward * 3 + model_cost(teacher, training.seq_length).flops_per_token
+    assert training_flops_per_token(student, teacher, training) == pytest.approx(taught)
+    frozen = tiny().stage1.training.replace(loss=LossConfig(cross_entropy=1.0))
+    assert 2 * forward < training_flops_per_token(student, None, frozen) < 3 * forward
+
+
+def test_memory_by_part():
+    student, teacher, training = jet_nemotron_2b_model(), qwen2_5_1_5b(), jet_nemotron_2b().stage2.training
+    params = model_cost(student, 1).total_params
+    one = training_memory(student, teacher, training, ParallelConfig(), "bf16", 1)
+    assert (one.weights, one.gradients, one.optimizer, one.teacher) == (2 * params, 4 * params, 12 * params, 0)
+    spread = training_memory(student, teacher, training, ParallelConfig(), "bf16", 32)
+    assert spread.optimizer == pytest.approx(one.optimizer / 32, abs=1)
+    sharded = training_memory(student, teacher, training, ParallelConfig(tensor=2, pipeline=2), "bf16", 32)
+    assert sharded.weights == pytest.approx(one.weights / 4, abs=1)
+    kept = training_memory(student, teacher, training.replace(recompute=False), ParallelConfig(), "bf16", 32)
+    assert kept.activations > 4 * spread.activations
+    distilled = training_memory(student, teacher, jet_nemotron_2b().stage1.training, ParallelConfig(), "bf16", 32)
+    assert distilled.teacher == 2 * model_cost(teacher, 1).total_params
+    assert distilled.gradients < one.gradients
+
+
+def test_gpu_hours_scale_with_tokens_and_speed():
+    run = estimate_run(jet_nemotron_2b(), qwen2_5_1_5b())
+    by_name = {stage.stage: stage for stage in run.stages}
+    assert by_name["hardware_search"].jobs == 9 and by_name["placement"].jobs == 1
+    assert by_name["stage2"].tokens == pytest.approx(350e9, rel=1e-5)
+    faster = estimate_run(jet_nemotron_2b(), qwen2_5_1_5b(), utilisation=0.7)
+    for slow, fast in zip(run.stages, faster.stages):
+        assert fast.gpu_hours == pytest.approx(slow.gpu_hours / 2)
+    # Within a factor of three of the paper's hours: it reached 15 to 36% of the peak, by its own stages.
+    for stage in ("placement", "stage1", "stage2", "hardware_search"):
+        assert by_name[stage].paper_gpu_hours / 3 < by_name[stage].gpu_hours < by_name[stage].paper_gpu_hours
+    assert run.disk_bytes == sum(stage.disk_bytes for stage in run.stages)
+
+
+def estimate(*arguments: str) -> tuple[int, str, str]:
+    result = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
+    return result.returncode, result.stdout, result.stderr
+
+
+def test_tool_is_fast_and_needs_no_torch(tmp_path):
+    blocked = (
+        "import sys, runpy\n"
+        "for name in ('torch', 'megatron', 'transformers', 'numpy'): sys.modules[name] = None\n"
+        f"sys.argv = ['estimate.py', 'jet_nemotron_2b']\nrunpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+    )
+    start = os.times()
+    result = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True, cwd=tmp_path)
+    end = os.times()
+    assert result.returncode == 0, result.stderr
+    # Processor time, which a busy machine does not stretch.
+    assert end.children_user + end.children_system - start.children_user - start.children_system < 2.0
+    assert "1.965B parameters" in result.stdout and "157.2 MiB" in result.stdout
+    assert "1,792.0 MiB" in result.stdout and "7,536" in result.stdout
+
+
+def test_tool_reads_config_json_files_and_directories(tmp_path):
+    for name, build in KNOWN_MODELS.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(model_to_hf(build())))
+    main = runpy.run_path(str(SCRIPT))["main"]
+    assert main([str(tmp_path / "Jet-Nemotron-4B")]) == 0
+    code, out, _ = estimate(str(tmp_path / "Jet-Nemotron-2B" / "config.json"), "--context", "65536", "--json")
+    cost = json.loads(out)["models"]["config.json"]
+    assert (code, cost["total_params"], cost["cache_bytes"]) == (0, 1964806208, 157.25 * MIB)
+
+
+def test_tool_in_process(capsys, tmp_path):
+    main = runpy.run_path(str(SCRIPT))["main"]
+    assert main(["Jet-Nemotron-4B"]) == 0
+    out = capsys.readouterr().out
+    assert "3.960B parameters" in out and "258.0 MiB" in out
+    assert main(["jet_nemotron_2b", "--json", "--utilisation", "0.5"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert set(report["models"]) == {"teacher", "jet_nemotron_2b (planned student)"}
+    assert report["stages"][-2]["stage"] == "stage2" and report["stages"][-2]["memory"]["total"] > 0
+    for arguments in (["jet_nemotron_2b", "--context", "0"], ["jet_nemotron_2b", "--utilisation", "2"], []):
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        assert end.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        ("{", "cannot be read as JSON"),
+        ('{"model_type": "gpt2"}', "model_type 'gpt2' is not supported"),
+        ('{"model_type": "qwen2", "hidden_size": 8}', "num_attention_heads"),
+    ],
+)
+def test_tool_on_bad_files(tmp_path, content, message):
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_text(content)
+    code, _, err = estimate(str(path))
+    assert code == 1
+    assert err.startswith("error: ") and message in err and len(err.strip().splitlines()) == 1
+
+
+def test_tool_names_an_unknown_recipe():
+    code, _, err = estimate("jet_nemotron_3b")
+    assert code == 1 and "unknown recipe 'jet_nemotron_3b'; known: tiny" in err
+
+
+def test_formats():
+    assert [format_bytes(n) for n in (0, 9999, 10_000, 1792 * MIB, 15 << 30)] == [
+        "0 B",
+        "9999 B",
+        "9.8 KiB",
+        "1,792.0 MiB",
+        "15.0 GiB",
+    ]
+    assert [format_count(n) for n in (12, 2030, 2_030_000, 1_964_806_208, 4e12)] == [
+        "12",
+        "2.0K",
+        "2.03M",
+        "1.965B",
+        "4.00T",
+    ]
+    assert [format_seconds(n) for n in (4, 89, 100, 7200, 200_000)] == ["4 s", "89 s", "2 min", "2.0 h", "2.3 days"]
+    lines = table(("a", "b"), [("x", "10"), ("long", "7")]).splitlines()
+    assert lines == ["a      b", "----  --", "x     10", "long   7"]
+
+
+def test_import_of_the_tool_has_no_side_effects():
+    before = dict(os.environ)
+    runpy.run_path(str(SCRIPT))
+    assert dict(os.environ) == before
