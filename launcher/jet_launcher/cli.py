@@ -20,6 +20,7 @@ RunId = Annotated[str, typer.Argument(metavar="ID", help="name of the run direct
 Root = Annotated[Path, typer.Option("--runs", help="directory that holds the runs", envvar="JET_RUNS")]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 Stages = Annotated[str | None, typer.Option("--stages", metavar="a,b", help="only these stages (and prepare)")]
+Wait = Annotated[bool, typer.Option("--wait", help="on a cluster: stay until all jobs have ended")]
 RUNS = Path("runs")
 
 
@@ -34,28 +35,40 @@ def run(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="key.sub=value", help="changes to the recipe, typed")
     ] = None,
-    cluster: Annotated[str, typer.Option(help="where to run: local is this machine")] = "local",
+    cluster: Annotated[
+        str, typer.Option(help="where to run: local is this machine; else a cluster's name or file")
+    ] = "local",
     stages: Stages = None,
     output: Annotated[
         Path | None, typer.Option(help="run directory; an existing one is continued when its config is the same")
     ] = None,
     root: Root = RUNS,
     dryrun: Annotated[bool, typer.Option("--dryrun", help="print what would run and what it costs")] = False,
+    wait: Wait = False,
     as_json: Json = False,
 ) -> None:
     """Run the whole pipeline, or some of its stages."""
     from jet_launcher.launch import LaunchOptions, launch
 
-    raise typer.Exit(launch(recipe, overrides or [], LaunchOptions(cluster, stages, output, root, dryrun, as_json)))
+    options = LaunchOptions(cluster, stages, output, root, dryrun, as_json, wait)
+    raise typer.Exit(launch(recipe, overrides or [], options))
 
 
 @app.command(epilog="Example: python launcher/postnas.py resume tiny-20260301-101500")
-def resume(run_id: RunId, stages: Stages = None, root: Root = RUNS, as_json: Json = False) -> None:
+def resume(
+    run_id: RunId,
+    cluster: Annotated[str | None, typer.Option(help="by default where the run was before")] = None,
+    stages: Stages = None,
+    root: Root = RUNS,
+    wait: Wait = False,
+    as_json: Json = False,
+) -> None:
     """Continue a run: only what is missing."""
     from jet_launcher.launch import LaunchOptions
     from jet_launcher.launch import resume as continue_run
 
-    raise typer.Exit(continue_run(run_id, LaunchOptions("local", stages, None, root, False, as_json)))
+    options = LaunchOptions(cluster, stages, None, root, False, as_json, wait)
+    raise typer.Exit(continue_run(run_id, options))
 
 
 @app.command("list", epilog="Example: python launcher/postnas.py list --json")

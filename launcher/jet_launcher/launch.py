@@ -2,13 +2,19 @@
 
 import json
 import sys
-from dataclasses import dataclass
-from pathlib import Path
 
+from jet_launcher.cluster_launch import (
+    cluster_of,
+    continue_on_cluster,
+    launch_on_cluster,
+    load_target,
+    refuse_live_jobs,
+)
 from jet_launcher.exit_codes import DONE
 from jet_launcher.forecast import Forecast, check_disk, check_layout, forecast
 from jet_launcher.local import Outcome, run_local, shown_id
 from jet_launcher.lock import run_lock
+from jet_launcher.options import LaunchOptions, check_inputs
 from jet_launcher.processes import worker_command
 from jet_launcher.progress import make_display
 from jet_launcher.provenance import last_stages, record_launch
@@ -28,22 +34,9 @@ from megatron_jet.configs.overrides import apply_overrides
 from megatron_jet.configs.recipes.catalog import load_recipe
 from megatron_jet.configs.run import RunConfig
 from megatron_jet.configs.run_estimate import estimate_run
-from megatron_jet.configs.teacher_source import expand_paths, resolve_teacher, teacher_model
+from megatron_jet.configs.teacher_source import expand_paths, teacher_model
 
-LOCAL = "local"
 CONTEXT_SHOWN = 65536
-
-
-@dataclass(frozen=True)
-class LaunchOptions:
-    """The options of `run` beside recipe and overrides."""
-
-    cluster: str
-    stages: str | None
-    output: Path | None
-    root: Path
-    dryrun: bool
-    as_json: bool
 
 
 def launch(recipe: str, overrides: list[str], options: LaunchOptions) -> int:
@@ -52,10 +45,11 @@ def launch(recipe: str, overrides: list[str], options: LaunchOptions) -> int:
     Raises:
         UserError: anything wrong with what was asked; nothing has been written then, except by a full disk.
     """
-    if options.cluster != LOCAL:
-        raise UserError(f"cluster '{options.cluster}' is not known; known: {LOCAL} (this machine)")
+    target = load_target(options.cluster)
     config = apply_overrides(load_recipe(recipe), overrides)
     stages = choose_stages(config, options.stages)
+    if target is not None:
+        return launch_on_cluster(config, stages, options, target)
     if options.dryrun:
         return _dry_run(config, stages, options)
     config = expand_paths(config)
@@ -69,24 +63,17 @@ def resume(run_id: str, options: LaunchOptions) -> int:
     run = find_run(run_id, options.root)
     config = run.config()
     stages = choose_stages(config, options.stages or last_stages(run))
+    target = cluster_of(run, options.cluster)
+    if target is not None:
+        return continue_on_cluster(run, config, stages, options, target)
     return execute(run, config, check_inputs(config), stages, options)
-
-
-def check_inputs(config: RunConfig) -> ModelConfig:
-    """Shape of the teacher, after checking that teacher, data and layout fit. Raises UserError."""
-    resolve_teacher(config.teacher)
-    teacher = teacher_model(config.teacher)
-    data = Path(config.data.path)
-    if config.data.path != "bundled" and not (data / "index.json").is_file():
-        raise UserError(f"data.path={data}: no index.json there; make it with tools/prepare_data.py")
-    check_layout(config, teacher)
-    return teacher
 
 
 def execute(
     run: RunDirectory, config: RunConfig, teacher: ModelConfig, stages: tuple[str, ...], options: LaunchOptions
 ) -> int:
     """Run stages in an existing run directory. Returns the exit code."""
+    refuse_live_jobs(run)
     expected = forecast(config, teacher, stages, run, options.root)
     check_disk(expected, run)
     # A program reads stdout under --json; people still see progress on stderr.

@@ -5,6 +5,7 @@ import socket
 import time
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from jet_launcher.lock import LockHolder, lock_holder
@@ -70,18 +71,21 @@ class StageStatus:
 
 def read_stage(run: RunDirectory, stage: str, holder: LockHolder | None) -> StageStatus:
     """Status of one stage; `holder` tells whether somebody works in the run directory."""
-    path = run.stage(stage) / "status.json"
-    if not path.is_file():
-        return StageStatus(stage)
-    try:
-        data = read_json(path)
-        status = StageStatus(**{**_fields(data), "stage": stage})
-    except (UserError, TypeError, ValueError, AttributeError):
-        # The file is replaced while we read, or a newer version writes it. Progress is not worth failing for.
-        return StageStatus(stage)
+    status = read_status(run.stage(stage) / "status.json", stage)
     if status.state == RUNNING and holder is None and not _alive(status):
         return StageStatus(**{**status.__dict__, "state": KILLED})
     return status
+
+
+def read_status(path: Path, name: str) -> StageStatus:
+    """What a status.json says; `pending` when there is none."""
+    if not path.is_file():
+        return StageStatus(name)
+    try:
+        return StageStatus(**{**_fields(read_json(path)), "stage": name})
+    except (UserError, TypeError, ValueError, AttributeError):
+        # The file is replaced while we read, or a newer version writes it. Progress is not worth failing for.
+        return StageStatus(name)
 
 
 def _fields(data: dict[str, Any]) -> dict[str, Any]:

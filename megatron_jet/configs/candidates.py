@@ -1,4 +1,4 @@
-"""Names of the candidates that a selection stage trains. Each can be a job of its own: `run_stage RUN_DIR STAGE:NAME`."""
+"""Names of the candidates of selection stages. Each can be a job of its own: `run_stage RUN_DIR STAGE:NAME`."""
 
 import re
 

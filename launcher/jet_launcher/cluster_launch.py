@@ -1,0 +1,94 @@
+"""Where a run goes: to a cluster, back to the cluster it was on, or nowhere because its jobs are still in a queue."""
+
+import json
+import sys
+from pathlib import Path
+
+from jet_launcher.clusters import load_cluster
+from jet_launcher.exit_codes import DONE
+from jet_launcher.options import LaunchOptions, check_inputs
+from jet_launcher.run_directory import RunDirectory, check_directory, open_run
+from jet_launcher.slurm.launch import Target, dry_run, live_jobs, submit_run, wait_for
+from jet_launcher.slurm.overview import job_views, run_word
+from jet_launcher.slurm.record import read_record
+from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.run import RunConfig
+from megatron_jet.configs.teacher_source import expand_paths, teacher_model
+
+
+def load_target(name: str) -> Target | None:
+    """The cluster of this name or file; None when it is this machine."""
+    cluster = load_cluster(name)
+    return None if cluster.scheduler == "local" else Target(name, cluster)
+
+
+def cluster_of(run: RunDirectory, asked: str | None) -> Target | None:
+    """Where a run is to be continued: as asked, or where it was before, as its cluster file is now."""
+    if asked is not None:
+        return load_target(asked)
+    record = read_record(run)
+    if record is None:
+        return None
+    try:
+        return load_target(record.name)
+    except UserError:
+        return Target(record.name, record.cluster)  # the file is gone; the run has a copy
+
+
+def launch_on_cluster(config: RunConfig, stages: tuple[str, ...], options: LaunchOptions, target: Target) -> int:
+    """`run` on a cluster. Returns the exit code."""
+    root = Path(target.cluster.job_dir) if target.cluster.job_dir else options.root
+    if options.dryrun:
+        return _dry_run(config, stages, options, target, root)
+    config = expand_paths(config)
+    check_inputs(config)
+    run = open_run(config, options.output, root)
+    _make_findable(run, options.root)
+    return continue_on_cluster(run, config, stages, options, target)
+
+
+def continue_on_cluster(
+    run: RunDirectory, config: RunConfig, stages: tuple[str, ...], options: LaunchOptions, target: Target
+) -> int:
+    """Submit what is missing of a run, and wait for it if asked. Returns the exit code."""
+    stream = sys.stderr if options.as_json else sys.stdout
+    record = submit_run(run, config, check_inputs(config), stages, target, stream)
+    code = wait_for(run, stream) if options.wait else DONE
+    if options.as_json:
+        views = job_views(run, record)
+        summary = {"run": str(run.path), "state": run_word(views), "exit_code": code}
+        print(json.dumps({"schema_version": 1, **summary, "jobs": [view.to_dict() for view in views]}, indent=2))
+    return code
+
+
+def refuse_live_jobs(run: RunDirectory) -> None:
+    """Raise UserError when the run has jobs in a queue: two workers would write the same files."""
+    live = live_jobs(read_record(run))
+    if live:
+        names = ", ".join(live)
+        raise UserError(f"{run.id}: jobs are in the queue or running ({names}); `cancel {run.id}` them first")
+
+
+def _dry_run(config: RunConfig, stages: tuple[str, ...], options: LaunchOptions, target: Target, root: Path) -> int:
+    missing = None
+    try:
+        config = expand_paths(config)
+    except UserError as error:
+        missing = str(error)
+    output = options.output or root / f"{config.recipe}-TIME"
+    run = RunDirectory(output)
+    if options.output is not None:
+        check_directory(config, run)
+    return dry_run(run, config, teacher_model(config.teacher), stages, target, options.as_json, missing)
+
+
+def _make_findable(run: RunDirectory, root: Path) -> None:
+    """A link in `runs/`, so that the ID works for runs in the cluster's job directory, too."""
+    link = root / run.id
+    if run.path.resolve().parent == root.resolve() or link.exists() or link.is_symlink():
+        return
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(run.path.resolve())
+    except OSError:
+        pass  # the path works as ID

@@ -1,0 +1,98 @@
+"""Finding and reading cluster files."""
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_jet.configs.cluster import ClusterConfig
+from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.overrides import load_yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = ROOT / "slurm" / "clusters"
+_VARIABLE = re.compile(r"\$(\$?)\{([^}]*)\}")
+# Shell code keeps its ${VAR} for the shell of the node.
+_SHELL_FIELDS = (("setup",), ("preflight", "command"))
+
+
+def load_cluster(name_or_file: str, environment: Mapping[str, str] = os.environ) -> ClusterConfig:
+    """The cluster of this name or in this file, with every `${VAR}` replaced.
+
+    Args:
+        name_or_file: a name in the user's config folder or in slurm/clusters (looked up in this order), or a path.
+        environment: where `${VAR}` comes from: that of the login shell.
+
+    Raises:
+        UserError: no such cluster, not YAML, an unknown key or a bad value, or an unset variable.
+    """
+    path = find_cluster(name_or_file, environment)
+    data = load_yaml(path)
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a cluster file is a mapping, one `field: value` per line")
+    return ClusterConfig.parse(expand(data, environment, str(path)), str(path))
+
+
+def find_cluster(name_or_file: str, environment: Mapping[str, str] = os.environ) -> Path:
+    """Path of the cluster file. Raises UserError that lists the known names."""
+    if "/" in name_or_file or name_or_file.endswith((".yaml", ".yml")):
+        path = Path(name_or_file).expanduser()
+        if not path.is_file():
+            raise UserError(f"{name_or_file}: no such cluster file")
+        return path
+    known = known_clusters(environment)
+    if name_or_file not in known:
+        near = difflib.get_close_matches(name_or_file, known, n=1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise UserError(
+            f"cluster '{name_or_file}' is not known; {hint}known: {', '.join(known)}. "
+            f"Your own go to {user_folder(environment)}/NAME.yaml (start from slurm/clusters/example_h100.yaml)"
+        )
+    return known[name_or_file]
+
+
+def known_clusters(environment: Mapping[str, str] = os.environ) -> dict[str, Path]:
+    """Cluster files by name; the user's own hide shipped ones of the same name."""
+    found: dict[str, Path] = {}
+    for folder in (SHIPPED, user_folder(environment)):
+        found.update({path.stem: path for path in sorted(folder.glob("*.yaml"))})
+    return found
+
+
+def user_folder(environment: Mapping[str, str] = os.environ) -> Path:
+    """The user's own cluster files: $XDG_CONFIG_HOME (or ~/.config) /megatron_jet/clusters."""
+    base = environment.get("XDG_CONFIG_HOME") or str(Path(environment.get("HOME", "~")).expanduser() / ".config")
+    return Path(base) / "megatron_jet" / "clusters"
+
+
+def expand(value: Any, environment: Mapping[str, str], where: str, path: tuple[str, ...] = ()) -> Any:
+    """A copy with `${VAR}` replaced in every string but shell code; `$${VAR}` gives a literal `${VAR}`.
+
+    Raises:
+        UserError: an unset variable, or a `${...}` that names none.
+    """
+    if path in _SHELL_FIELDS:
+        return value
+    if isinstance(value, dict):
+        return {key: expand(item, environment, where, (*path, str(key))) for key, item in value.items()}
+    if isinstance(value, list):
+        return [expand(item, environment, where, path) for item in value]
+    if not isinstance(value, str):
+        return value
+
+    def replacement(match: re.Match[str]) -> str:
+        escaped, name = match.groups()
+        if escaped:
+            return f"${{{name}}}"
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise UserError(f"{where}: {'.'.join(path)}: '{match.group()}' does not name an environment variable")
+        if name not in environment:
+            raise UserError(
+                f"{where}: {'.'.join(path)}: ${{{name}}} is not set in your environment; export it, "
+                f"or write $${{{name}}} to keep it as it is"
+            )
+        return environment[name]
+
+    return _VARIABLE.sub(replacement, value)

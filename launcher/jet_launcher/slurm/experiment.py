@@ -1,0 +1,217 @@
+"""Submitting a job graph as a NeMo-Run experiment. The only file that imports NeMo-Run, and only when it is called."""
+
+import contextlib
+import io
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from jet_launcher.slurm.graph import Job, JobGraph
+from jet_launcher.slurm.scripts import (
+    JobPlace,
+    container_mounts,
+    sbatch_options,
+    setup_lines,
+    srun_options,
+    step_script,
+)
+from megatron_jet.configs.cluster import ClusterConfig
+from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.files import write_text
+
+# NeMo-Run replaces this in every script it writes without a container.
+REPLACED_PATH = "/nemo_run"
+# Options that NeMo-Run's executor has a field for; the others pass through its additional_parameters.
+_FIELDS = {
+    "account", "partition", "qos", "constraint", "exclude", "nodes", "ntasks-per-node", "cpus-per-task", "mem",
+    "exclusive", "time", "signal", "gpus-per-node", "gres", "comment", "network", "segment",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """An experiment that Slurm has taken.
+
+    Attributes:
+        experiment: its NeMo-Run ID, for `nemo experiment status|logs|cancel`.
+        home: NEMORUN_HOME that holds it.
+        job_ids: Slurm's job ID by job name.
+    """
+
+    experiment: str
+    home: Path
+    job_ids: dict[str, str]
+
+
+def submit(
+    graph: JobGraph,
+    cluster: ClusterConfig,
+    place: JobPlace,
+    title: str,
+    waits_for: Mapping[str, list[str]] | None = None,
+) -> Submitted:
+    """Write the step scripts and submit every job.
+
+    Args:
+        title: of the experiment; Slurm's job names are `title.job`.
+        waits_for: by job name, IDs of jobs of an earlier submission that it also depends on.
+
+    Raises:
+        UserError: NeMo-Run is not installed, or sbatch refused a job (those submitted before are cancelled).
+    """
+    check_paths(place)
+    for job in graph.jobs:
+        write_text(place.step_script(job), step_script(job, cluster, place))
+    with _scheduler_environment(), _nemo_run(nemo_home()) as run:
+        experiment, log = _experiment(run, graph, cluster, place, title, waits_for or {})
+        try:
+            with log, experiment:
+                _add_jobs(run, experiment, graph, cluster, place, waits_for or {})
+                experiment.run(detach=True)
+        except Exception as error:
+            ids = _job_ids(experiment)
+            _cancel(run, experiment, ids)
+            raise UserError(f"submission failed: {_reason(error)}") from None
+        return Submitted(experiment._id, nemo_home(), _job_ids(experiment))
+
+
+def batch_scripts(graph: JobGraph, cluster: ClusterConfig, place: JobPlace, title: str) -> dict[str, str]:
+    """The script that NeMo-Run would submit for every job, by name. Writes to a temporary directory only."""
+    check_paths(place)
+    home = nemo_home()
+    with tempfile.TemporaryDirectory() as scratch, _nemo_run(Path(scratch)) as run:
+        experiment, log = _experiment(run, graph, cluster, place, title, {})
+        with log, experiment:
+            _add_jobs(run, experiment, graph, cluster, place, {})
+            experiment.dryrun(log=False, delete_exp_dir=False)
+        folder = Path(experiment._exp_dir)
+        return {
+            job.name: (folder / f"{job.name}_sbatch.sh").read_text().replace(scratch, str(home)) for job in graph.jobs
+        }
+
+
+def nemo_home() -> Path:
+    """NEMORUN_HOME, or NeMo-Run's default. Must be on the shared file system: logs go there."""
+    return Path(os.environ.get("NEMORUN_HOME", "~/.nemo_run")).expanduser().absolute()
+
+
+def check_paths(place: JobPlace) -> None:
+    """Raise UserError for a path that NeMo-Run would write into a script unquoted or rewritten."""
+    import re
+
+    for what, path in (("run directory", place.run_dir), ("NEMORUN_HOME", nemo_home())):
+        if not re.fullmatch(r"[A-Za-z0-9_./@+,=~-]+", str(path)):
+            raise UserError(f"{what} {path}: on a cluster its path may hold letters, digits and _ . / @ + , = ~ - only")
+        if REPLACED_PATH in str(path):
+            raise UserError(f"{what} {path}: NeMo-Run cannot work in a path with '{REPLACED_PATH}'; choose another one")
+
+
+def executor_of(run: ModuleType, job: Job, cluster: ClusterConfig, place: JobPlace, title: str, after: list[str]):
+    """NeMo-Run's executor of one job.
+
+    Args:
+        run: the module nemo_run.
+        after: IDs of jobs outside of this experiment that must succeed first.
+    """
+    options = sbatch_options(job, cluster)
+    fields = {key.replace("-", "_"): value for key, value in options.items() if key in _FIELDS}
+    extra = {key: value for key, value in options.items() if key not in _FIELDS | {"open-mode"}}
+    if any(REPLACED_PATH in str(value) for value in options.values()):
+        raise UserError(f"{job.name}: NeMo-Run cannot pass on an sbatch option with '{REPLACED_PATH}' in its value")
+    if after and not job.depends:
+        extra["dependency"] = ":".join(["afterok", *after])
+    container = cluster.container
+    return run.SlurmExecutor(
+        **{"account": None, **fields},
+        job_name_prefix=f"{title}.",
+        launcher=None,
+        packager=run.Packager(),
+        tunnel=run.LocalTunnel(job_dir=""),
+        retries=0,  # slurm/job.sh decides what is queued again
+        container_image=container.image if container else None,
+        container_mounts=container_mounts(cluster, place),
+        srun_args=srun_options(),
+        setup_lines=setup_lines(job, cluster, place),
+        additional_parameters=extra,
+        dependency_type=":".join(["afterok", *after]) if job.depends else "afterok",
+        poll_estimated_start_time=False,
+    )
+
+
+def _experiment(run, graph: JobGraph, cluster, place: JobPlace, title: str, waits_for):
+    experiment = run.Experiment(
+        title,
+        executor=executor_of(run, graph.jobs[0], cluster, place, title, []),
+        log_level="WARNING",
+        clean_mode=True,
+        enable_goodbye_message=False,
+        skip_status_at_exit=True,
+    )
+    return experiment, contextlib.redirect_stdout(io.StringIO())
+
+
+def _add_jobs(run, experiment, graph: JobGraph, cluster: ClusterConfig, place: JobPlace, waits_for) -> None:
+    for job in graph.jobs:
+        experiment.add(
+            run.Script(path=str(place.step_script(job))),
+            executor=executor_of(run, job, cluster, place, experiment._title, waits_for.get(job.name, [])),
+            name=job.name,
+            dependencies=list(job.depends),
+        )
+
+
+def _job_ids(experiment) -> dict[str, str]:
+    handles = {job.id: getattr(job, "handle", "") or "" for job in experiment.jobs}
+    return {name: handle.partition("://")[2].split("/")[1] for name, handle in handles.items() if "://" in handle}
+
+
+def _cancel(run, experiment, ids: Mapping[str, str]) -> None:
+    for name in ids:
+        with contextlib.suppress(Exception):
+            experiment.cancel(name)
+
+
+def _reason(error: Exception) -> str:
+    result = getattr(error, "result", None)
+    text = getattr(result, "stderr", "") or str(error)
+    return " ".join(text.split())[:500]
+
+
+@contextlib.contextmanager
+def _nemo_run(home: Path) -> Iterator[ModuleType]:
+    """The module, imported with `home` as its NEMORUN_HOME: it reads the variable at import and keeps it."""
+    if "nemo_run" in sys.modules:
+        raise RuntimeError("nemo_run was imported before; one process submits once")
+    before = os.environ.get("NEMORUN_HOME")
+    os.environ["NEMORUN_HOME"] = str(home)
+    try:
+        import nemo_run
+
+        yield nemo_run
+    except ImportError as error:
+        raise UserError(f"NeMo-Run cannot be imported ({error}); pip install 'megatron-jet[launch]'") from None
+    finally:
+        if before is None:
+            os.environ.pop("NEMORUN_HOME")
+        else:
+            os.environ["NEMORUN_HOME"] = before
+
+
+@contextlib.contextmanager
+def _scheduler_environment() -> Iterator[None]:
+    """Without the variables that override sbatch options or tell a job it is part of another one."""
+    hidden = {
+        key: value
+        for key, value in os.environ.items()
+        if key.startswith(("SBATCH_", "SRUN_", "POSTNAS_")) or (key.startswith("SLURM_") and key != "SLURM_CONF")
+    }
+    for key in hidden:
+        del os.environ[key]
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)

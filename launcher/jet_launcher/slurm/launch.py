@@ -1,0 +1,186 @@
+"""`run` and `resume` on a cluster: check, ship the code, submit what is missing, and wait if asked."""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TextIO
+
+from jet_launcher.exit_codes import DONE, FAILED, INTERRUPTED
+from jet_launcher.lock import run_lock
+from jet_launcher.provenance import record_launch
+from jet_launcher.run_directory import RunDirectory
+from jet_launcher.slurm import state as slurm
+from jet_launcher.slurm.experiment import batch_scripts, submit
+from jet_launcher.slurm.graph import JobGraph, build_graph, graph_text
+from jet_launcher.slurm.overview import JobView, finished, job_views, run_word, views_text
+from jet_launcher.slurm.package import ship_code
+from jet_launcher.slurm.record import ClusterRecord, add_submission, read_record
+from jet_launcher.slurm.scripts import JobPlace, default_python, step_script
+from megatron_jet.configs.cluster import ClusterConfig
+from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.model import ModelConfig
+from megatron_jet.configs.run import RunConfig
+
+ROOT = Path(__file__).resolve().parents[3]
+POLL_SECONDS = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A cluster by the name it was asked for."""
+
+    name: str
+    cluster: ClusterConfig
+
+
+def job_place(run: RunDirectory, cluster: ClusterConfig, code: Path) -> JobPlace:
+    """Paths of a submission from here."""
+    worker = os.environ.get("JET_WORKER", JobPlace.worker)
+    return JobPlace(run.path.resolve(), code, Path.cwd(), default_python(cluster, sys.executable), worker)
+
+
+def submit_run(
+    run: RunDirectory, config: RunConfig, teacher: ModelConfig, stages: tuple[str, ...], target: Target, stream: TextIO
+) -> ClusterRecord:
+    """Submit the jobs of `stages` that are neither finished nor in the queue.
+
+    Raises:
+        UserError: the jobs do not fit the cluster, or sbatch refuses them.
+    """
+    graph = build_graph(config, teacher, stages, target.cluster)
+    record = read_record(run)
+    live = live_jobs(record)
+    missing = graph.without([job.name for job in graph.jobs if finished(run, job) or job.name in live])
+    if not missing.jobs:
+        waiting = f"; {len(live)} jobs are in the queue" if live else ""
+        print(f"{run.id}: nothing to submit, everything else is done{waiting}", file=stream)
+        if record is None:
+            raise UserError(f"{run.id} is finished already and has no record of a cluster; see `status {run.id}`")
+        return record
+    waits_for = {
+        job.name: [live[name] for name in graph_job(graph, job.name).depends if name in live] for job in missing.jobs
+    }
+    with run_lock(run.lock_file):
+        record_launch(run, config, stages)
+        code = ship_code(ROOT, run.path.resolve())
+        place = job_place(run, target.cluster, code.path)
+        submitted = submit(missing, target.cluster, place, run.id, {k: v for k, v in waits_for.items() if v})
+        add_submission(run, target.name, target.cluster, missing, place, code, submitted)
+    print(f"{run.id}: {len(missing.jobs)} jobs submitted to {target.name}", file=stream)
+    rows = ((job.name, submitted.job_ids[job.name]) for job in missing.jobs)
+    print("\n".join(f"  {job_id}  {name}" for name, job_id in rows), file=stream)
+    print(
+        f"code: {code.files} files, {place.code}\n"
+        f"NeMo-Run: NEMORUN_HOME={submitted.home} nemo experiment status {submitted.experiment}\n"
+        f"see: python launcher/postnas.py status {run.path}",
+        file=stream,
+        flush=True,
+    )
+    record = read_record(run)
+    assert record is not None
+    return record
+
+
+def graph_job(graph: JobGraph, name: str):
+    """The job of this name."""
+    return next(job for job in graph.jobs if job.name == name)
+
+
+def live_jobs(record: ClusterRecord | None) -> dict[str, str]:
+    """IDs of this run's jobs that wait or run, by name."""
+    if record is None:
+        return {}
+    states = slurm.query_jobs(entry.job_id for entry in record.jobs)
+    return {entry.job.name: entry.job_id for entry in record.jobs if states[entry.job_id].live}
+
+
+def wait_for(run: RunDirectory, stream: TextIO, poll_seconds: float = POLL_SECONDS) -> int:
+    """Wait until no job of the run is left in the queue. Returns the exit code: 0 only if every job has its result."""
+    record = read_record(run)
+    assert record is not None
+    said: dict[str, tuple[str, int]] = {}
+    try:
+        while True:
+            views = job_views(run, record)
+            _say_changes(views, said, stream)
+            if not any(view.slurm.live for view in views):
+                return conclude(run, views, stream)
+            time.sleep(poll_seconds)
+    except KeyboardInterrupt:
+        print(f"no longer waiting; the jobs go on: python launcher/postnas.py status {run.path}", file=sys.stderr)
+        return INTERRUPTED
+
+
+def conclude(run: RunDirectory, views: list[JobView], stream: TextIO) -> int:
+    """Last word about a run that has come to its end. Returns the exit code."""
+    if run_word(views) == slurm.DONE:
+        print(f"{run.id}: done", file=stream)
+        return DONE
+    print(views_text(views), file=stream)
+    bad = next((view for view in views if view.state == slurm.FAILED), None) or next(
+        view for view in views if view.state != slurm.DONE
+    )
+    print(
+        f"error: {bad.job.name} {bad.state}{f' ({bad.note})' if bad.note else ''}; "
+        f"log: python launcher/postnas.py logs {run.path} {bad.job.name}; "
+        f"continue with: python launcher/postnas.py resume {run.path}",
+        file=sys.stderr,
+    )
+    return FAILED
+
+
+def _say_changes(views: list[JobView], said: dict[str, tuple[str, int]], stream: TextIO) -> None:
+    for view in views:
+        key = (view.state, view.restarts)
+        if said.get(view.job.name) != key and not (view.job.name not in said and view.state == slurm.PENDING):
+            again = f" (restart {view.restarts})" if view.restarts else ""
+            where = f" on {view.slurm.nodes}" if view.state == slurm.RUNNING and view.slurm.nodes else ""
+            note = f": {view.note}" if view.note and view.state != slurm.RUNNING else ""
+            print(
+                f"{time.strftime('%H:%M:%S')} {view.job.name}: {view.state}{again}{where}{note}",
+                file=stream,
+                flush=True,
+            )
+        said[view.job.name] = key
+
+
+def dry_run(
+    run: RunDirectory,
+    config: RunConfig,
+    teacher: ModelConfig,
+    stages: tuple[str, ...],
+    target: Target,
+    as_json: bool,
+    missing: str | None,
+) -> int:
+    """Print the graph and every script. Nothing is written, no Slurm is needed."""
+    graph = build_graph(config, teacher, stages, target.cluster)
+    todo = graph.without([job.name for job in graph.jobs if finished(run, job)])
+    place = job_place(run, target.cluster, run.path.resolve() / "code" / "<hash>")
+    scripts = batch_scripts(todo, target.cluster, place, run.id) if todo.jobs else {}
+    if as_json:
+        plan = {
+            "schema_version": 1,
+            "run": str(run.path),
+            "cluster": target.name,
+            "jobs": [{**dataclasses.asdict(job), "layout": job.layout.to_dict()} for job in todo.jobs],
+            "estimate": [stage.to_dict() for stage in graph.estimate.stages],
+            "scripts": scripts,
+            "steps": {job.name: step_script(job, target.cluster, place) for job in todo.jobs},
+            "missing": missing,
+        }
+        print(json.dumps(plan, indent=2))
+        return DONE
+    print(f"would submit {len(todo.jobs)} jobs to {target.name} from {run.path}\n")
+    print(graph_text(graph))
+    for job in todo.jobs:
+        after = f" --dependency=afterok:{':'.join(f'<{name}>' for name in job.depends)}" if job.depends else ""
+        print(f"\n{'=' * 20} {job.name}: sbatch --requeue{after} <<'EOF'\n{scripts[job.name]}\nEOF")
+        print(f"{'-' * 20} {place.step_script(job)}\n{step_script(job, target.cluster, place)}")
+    if missing:
+        print(f"not set here: {missing}")
+    print("nothing was written, nothing was submitted (--dryrun)")
+    return DONE

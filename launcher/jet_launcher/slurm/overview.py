@@ -1,0 +1,190 @@
+"""The jobs of a run as a user wants to see them: Slurm's word, the stage's own progress, and why a job did not run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jet_launcher.progress import describe
+from jet_launcher.run_directory import RunDirectory
+from jet_launcher.slurm.graph import Job
+from jet_launcher.slurm.record import ClusterRecord
+from jet_launcher.slurm.state import CANCELLED, DONE, FAILED, LIVE, PENDING, RUNNING, UNKNOWN, SlurmJob, query_jobs
+from jet_launcher.stage_status import StageStatus, read_status
+from megatron_jet.configs.estimate_text import table
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """The newest event of a job in cluster/attempts/: start, end, preflight or failed.
+
+    Attributes:
+        restart: how often the job had been queued again by then.
+        text: nodes for a start, else exit code and reason.
+    """
+
+    event: str
+    job_id: str
+    restart: int
+    text: str
+
+
+@dataclass(frozen=True)
+class JobView:
+    """One job of a run.
+
+    Attributes:
+        state: pending, running, done, cancelled, failed or unknown (Slurm has forgotten it and left no trace).
+        note: why it waits, or why it ended without a result.
+        gpu_hours: node-hours times GPUs per node so far; node-hours on CPU nodes; None without accounting.
+    """
+
+    job: Job
+    job_id: str
+    state: str
+    slurm: SlurmJob
+    status: StageStatus
+    restarts: int
+    note: str
+    gpu_hours: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, for --json."""
+        return {
+            "name": self.job.name,
+            "stage": self.job.stage,
+            "target": self.job.target,
+            "state": self.state,
+            "job_id": self.job_id,
+            "slurm_state": self.slurm.word,
+            "nodes": self.slurm.nodes,
+            "node_count": self.job.nodes,
+            "restarts": self.restarts,
+            "depends": list(self.job.depends),
+            "note": self.note,
+            "measured": {"gpu_hours": self.gpu_hours},
+            "progress": self.status.to_dict(),
+        }
+
+
+def state_dir(run: RunDirectory, job: Job) -> Path:
+    """Where a job's status.json and result.json are."""
+    candidate = job.target.partition(":")[2]
+    return run.stage(job.stage) / "jobs" / candidate if candidate else run.stage(job.stage)
+
+
+def finished(run: RunDirectory, job: Job) -> bool:
+    """Whether the job's result is there. Results are written last and bound to their inputs by the stage itself."""
+    return (state_dir(run, job) / "result.json").is_file() or (run.stage(job.stage) / "result.json").is_file()
+
+
+def job_views(run: RunDirectory, record: ClusterRecord) -> list[JobView]:
+    """Every job of the run, with one call of squeue and one of sacct."""
+    slurm = query_jobs(record.all_job_ids)
+    views: list[JobView] = []
+    for entry in record.jobs:
+        attempts = read_attempts(run, entry.job.name, entry.job_id)
+        views.append(_view(run, entry.job, slurm[entry.job_id], attempts, _spent(record, entry.job, slurm)))
+    by_name = {view.job.name: view for view in views}
+    return [_explained(view, by_name) for view in views]
+
+
+def run_word(views: list[JobView]) -> str:
+    """One word for the whole run."""
+    states = {view.state for view in views}
+    for word in (RUNNING, FAILED, CANCELLED, PENDING):
+        if word in states and not (word in (FAILED, CANCELLED) and states & set(LIVE)):
+            return word
+    return DONE if states == {DONE} else RUNNING if states & set(LIVE) else UNKNOWN
+
+
+def read_attempts(run: RunDirectory, name: str, job_id: str) -> list[Attempt]:
+    """Events of one job, oldest first."""
+    path = run.path / "cluster" / "attempts" / f"{name}.log"
+    if not path.is_file():
+        return []
+    rows = (line.split(maxsplit=5) for line in path.read_text(errors="replace").splitlines())
+    return [Attempt(r[1], r[2], int(r[3]), r[5] if len(r) > 5 else "") for r in rows if len(r) > 4 and r[2] == job_id]
+
+
+def _view(run: RunDirectory, job: Job, slurm: SlurmJob, attempts: list[Attempt], spent: float | None) -> JobView:
+    status = read_status(state_dir(run, job) / "status.json", job.name)
+    state = slurm.state
+    if finished(run, job) and state not in LIVE:
+        state = DONE
+    elif state == DONE:
+        state = FAILED  # left without an error and without a result
+    restarts = max((attempt.restart for attempt in attempts), default=0)
+    if state == PENDING and attempts:
+        restarts += 1
+    return JobView(job, slurm.job_id, state, slurm, status, restarts, _note(state, slurm, status, attempts), spent)
+
+
+def _note(state: str, slurm: SlurmJob, status: StageStatus, attempts: list[Attempt]) -> str:
+    last = attempts[-1] if attempts else None
+    if state == PENDING:
+        why = slurm.reason + (f", expected {slurm.start}" if slurm.start else "")
+        return f"waits to go on after: {_said(last)} ({why})" if last else why
+    if state in (FAILED, UNKNOWN):
+        said = _said(last) if last and last.event in ("failed", "end", "preflight") else slurm.word or "no record"
+        return said + (f": {status.error}" if status.error and status.state == "failed" else "")
+    return ""
+
+
+def _said(attempt: Attempt) -> str:
+    """The reason in an event; the first word of all but `start` is an exit code."""
+    return "node failure or kill" if attempt.event == "start" else attempt.text.partition(" ")[2]
+
+
+def _spent(record: ClusterRecord, job: Job, slurm: dict[str, SlurmJob]) -> float | None:
+    """Hours of every submission of a job."""
+    ids = [row["job_id"] for s in record.submissions for row in s["jobs"] if row["job"]["name"] == job.name]
+    seconds = [slurm[job_id].node_seconds for job_id in ids]
+    if all(value is None for value in seconds):
+        return None
+    return sum(value or 0.0 for value in seconds) / 3600 * max(1, job.gpus)
+
+
+def _explained(view: JobView, by_name: dict[str, JobView]) -> JobView:
+    """A cancelled job that never started says which job it waited for."""
+    if view.state != CANCELLED:
+        return view
+    culprit = _culprit(view, by_name)
+    note = f"not started: {culprit.job.name} {culprit.state}" if culprit else "cancelled"
+    if culprit is not None and culprit.note:
+        note += f" ({culprit.note})"
+    return JobView(**{**view.__dict__, "note": note})
+
+
+def _culprit(view: JobView, by_name: dict[str, JobView]) -> JobView | None:
+    if view.restarts or view.slurm.nodes or (view.slurm.node_seconds or 0) > 0:
+        return None  # it ran, so somebody cancelled this very job
+    for name in view.job.depends:
+        parent = by_name.get(name)
+        if parent is None or parent.state in (DONE, *LIVE):
+            continue
+        return (_culprit(parent, by_name) or parent) if parent.state == CANCELLED else parent
+    return None
+
+
+def views_text(views: list[JobView]) -> str:
+    """One row per job."""
+    unit = "GPU-hours" if any(view.job.gpus for view in views) else "node-hours"
+    rows = []
+    for view in views:
+        text = describe(view.status) if view.state == RUNNING else view.note
+        if view.state == RUNNING and not text:
+            text = "starting"
+        rows.append(
+            (
+                view.job.name,
+                view.state,
+                view.job_id,
+                view.slurm.nodes or f"({view.job.nodes})",
+                str(view.restarts) if view.restarts else "",
+                "" if view.gpu_hours is None else f"{view.gpu_hours:.2f}",
+                text,
+            )
+        )
+    header = ("job", "state", "job id", "nodes", "restarts", unit)
+    lines = table(header, [row[:-1] for row in rows]).splitlines()
+    return "\n".join([*lines[:2], *(f"{line}  {row[-1]}".rstrip() for line, row in zip(lines[2:], rows))])

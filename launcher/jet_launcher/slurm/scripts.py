@@ -1,0 +1,176 @@
+"""What a Slurm job is told: sbatch options, the set-up lines of the batch script, and the script of every process.
+
+Everything here is data turned into text. The logic of a job (signals, requeueing, preflight) is in slurm/job.sh and
+slurm/step.sh, which the texts below source from the code that ships with the job.
+"""
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from jet_launcher.slurm.graph import Job
+from megatron_jet.configs.cluster import ClusterConfig
+
+EARLY_WARNING_SIGNAL = "USR1"
+# After the first process of a step ends, the others may take this long to save and leave.
+STEP_WAIT_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class JobPlace:
+    """Where the jobs of one submission find everything. All paths are on the shared file system.
+
+    Attributes:
+        run_dir: the run directory.
+        code: the code that ships with the job.
+        cwd: working directory of the processes; relative paths in a config start here.
+        python: command that starts Python on a node.
+        worker: module that runs a stage.
+    """
+
+    run_dir: Path
+    code: Path
+    cwd: Path
+    python: str
+    worker: str = "megatron_jet.run_stage"
+
+    @property
+    def cluster_dir(self) -> Path:
+        return self.run_dir / "cluster"
+
+    def step_script(self, job: Job) -> Path:
+        return self.cluster_dir / "steps" / f"{job.name}.sh"
+
+    def state_dir(self, job: Job) -> Path:
+        """Where the job's progress is on disk: a candidate has a directory of its own."""
+        stage = self.run_dir / "stages" / job.stage
+        candidate = job.target.partition(":")[2]
+        return stage / "jobs" / candidate if candidate else stage
+
+    def log_dir(self, job: Job) -> Path:
+        return self.run_dir / "stages" / job.stage / "logs"
+
+
+def sbatch_options(job: Job, cluster: ClusterConfig) -> dict[str, str | int | bool]:
+    """sbatch's long options without `--`; True stands for an option without a value."""
+    options: dict[str, str | int | bool | None] = {
+        "account": cluster.account,
+        "partition": cluster.partition,
+        "qos": cluster.qos,
+        "reservation": cluster.reservation,
+        "constraint": cluster.constraint,
+        "exclude": cluster.exclude,
+        "nodes": job.nodes,
+        "ntasks-per-node": job.nproc,
+        "cpus-per-task": cluster.cpus_per_task,
+        "mem": cluster.mem,
+        "exclusive": cluster.exclusive or None,
+        "time": cluster.time_limit,
+        "signal": f"{EARLY_WARNING_SIGNAL}@{cluster.early_warning_seconds}",
+        "open-mode": "append",
+        # Without it, dependents of a failed job wait for ever.
+        "kill-on-invalid-dep": "yes",
+    }
+    if job.gpus and cluster.gpu_request == "gpus-per-node":
+        options["gpus-per-node"] = job.gpus
+    elif job.gpus and cluster.gpu_request == "gres":
+        options["gres"] = f"gpu:{job.gpus}"
+    return {key: value for key, value in {**options, **cluster.sbatch}.items() if value is not None}
+
+
+def srun_options() -> list[str]:
+    """Options of every step. Cores are left to the processes' own threads; PMIx is not needed and may be broken."""
+    return ["--mpi=none", "--cpu-bind=none", "--kill-on-bad-exit=0", f"--wait={STEP_WAIT_SECONDS}"]
+
+
+def container_options(cluster: ClusterConfig, place: JobPlace, *extra_mounts: str) -> list[str]:
+    """pyxis options of a step that NeMo-Run does not start."""
+    if cluster.container is None:
+        return []
+    mounts = ",".join([*container_mounts(cluster, place), *extra_mounts])
+    return [f"--container-image={cluster.container.image}", f"--container-mounts={mounts}"]
+
+
+def container_mounts(cluster: ClusterConfig, place: JobPlace) -> list[str]:
+    """The cluster file's mounts, and the run directory and the working directory at their own paths."""
+    if cluster.container is None:
+        return []
+    own = {str(path): None for path in (place.run_dir, place.cwd)}
+    return [*cluster.container.mounts, *(f"{path}:{path}" for path in own)]
+
+
+def job_variables(job: Job, cluster: ClusterConfig, place: JobPlace) -> dict[str, str]:
+    """What slurm/job.sh and slurm/step.sh need to know."""
+    preflight = cluster.preflight
+    return {
+        "POSTNAS_JOB": job.name,
+        "POSTNAS_TARGET": job.target,
+        "POSTNAS_RUN_DIR": str(place.run_dir),
+        "POSTNAS_CODE": str(place.code),
+        "POSTNAS_CWD": str(place.cwd),
+        "POSTNAS_PYTHON": place.python,
+        "POSTNAS_WORKER": place.worker,
+        "POSTNAS_NPROC": str(job.nproc),
+        "POSTNAS_STATE_DIR": str(place.state_dir(job)),
+        "POSTNAS_LOG_DIR": str(place.log_dir(job)),
+        "POSTNAS_STEP_SCRIPT": str(place.step_script(job)),
+        "POSTNAS_RESTARTS": str(cluster.restarts),
+        "POSTNAS_PREFLIGHT": str(int(preflight.enabled)),
+        "POSTNAS_PREFLIGHT_TIMEOUT": str(preflight.timeout_seconds),
+        "POSTNAS_PREFLIGHT_REQUEUES": str(preflight.max_requeues),
+        "POSTNAS_PREFLIGHT_DISK_GIB": str(preflight.free_disk_gib),
+        "POSTNAS_PREFLIGHT_BANDWIDTH": str(preflight.min_bandwidth_gb_per_s),
+        "POSTNAS_PREFLIGHT_COMMAND": preflight.command or "",
+        "POSTNAS_GPUS": str(job.gpus),
+    }
+
+
+def setup_lines(job: Job, cluster: ClusterConfig, place: JobPlace) -> str:
+    """Lines of the batch script before the step starts."""
+    variables = {**_environment(cluster), **job_variables(job, cluster, place)}
+    steps = [*srun_options(), *container_options(cluster, place)]
+    return "\n".join(
+        [
+            "set +evx",
+            *_exports(variables),
+            f"postnas_srun=({' '.join(map(quote, steps))})",
+            'source "$POSTNAS_CODE/slurm/job.sh"',
+            *(f"postnas_load_module {quote(module)}" for module in cluster.modules),
+            *cluster.setup,
+            "postnas_begin",
+        ]
+    )
+
+
+def step_script(job: Job, cluster: ClusterConfig, place: JobPlace) -> str:
+    """The script of every process. It repeats the variables: a container may have started with others."""
+    variables = {**_environment(cluster), **job_variables(job, cluster, place)}
+    source = 'source "$POSTNAS_CODE/slurm/step.sh"'
+    return "\n".join(["#!/bin/bash", *_exports(variables), *cluster.setup, source, ""])
+
+
+def quote(value: str) -> str:
+    """One literal shell word.
+
+    NeMo-Run replaces every `/nemo_run` in a script by a directory of its own; an empty pair of quotes in the middle
+    keeps a user's value as it is.
+    """
+    return shlex.quote(value).replace("/nemo_run", "/nemo''_run")
+
+
+def default_python(cluster: ClusterConfig, own: str) -> str:
+    """The Python of the jobs: the virtual environment's, the container's, or the one that runs the launcher."""
+    if cluster.venv is not None:
+        return f"{cluster.venv}/bin/python"
+    return "python" if cluster.container is not None else own
+
+
+def _environment(cluster: ClusterConfig) -> dict[str, str]:
+    offline = (
+        {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"} if cluster.offline else {}
+    )
+    return {"TOKENIZERS_PARALLELISM": "false", **offline, **cluster.env}
+
+
+def _exports(variables: dict[str, str]) -> list[str]:
+    return [f"export {key}={quote(value)}" for key, value in variables.items()]

@@ -1,0 +1,198 @@
+# The part of a job that runs once, in the batch script on the head node. Sourced, never executed: by the script that
+# NeMo-Run submits and by postnas.sbatch. The launcher has set POSTNAS_* before, loads modules and runs the cluster file's
+# set-up lines after, and then calls postnas_begin (launcher/jet_launcher/slurm/scripts.py). postnas_srun holds the options of
+# every step.
+#
+# A job ends in one of four ways, and the exit trap below decides what follows:
+#   0     the stage is done; Slurm starts its dependents
+#   75    interrupted and saved: queue again
+#   other crashed: queue again, unless it crashed POSTNAS_RESTARTS times in a row without getting further
+#   -     Slurm ends it itself (scancel, node failure, scontrol requeue): Slurm decides, this script only notes it
+#
+# shellcheck shell=bash disable=SC2154
+
+postnas_attempts="$POSTNAS_RUN_DIR/cluster/attempts/$POSTNAS_JOB.log"
+postnas_idle_limit=10   # interruptions in a row without progress: time limit shorter than start-up, endless preemption
+postnas_guard_seconds=20
+postnas_guard=
+postnas_phase=start
+
+postnas_say() { echo "postnas: $(date '+%F %T') $POSTNAS_JOB (job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}): $*"; }
+
+# Names of what is on disk for good: checkpoints and results. Two starts that see the same names got nowhere in between.
+postnas_progress() {
+    { find "$POSTNAS_STATE_DIR" -maxdepth 6 -name '.*' -prune -o \( -path '*/checkpoints/*' -o -name '*.json' \) \
+        ! -name status.json ! -name inputs.json -printf '%P\n' 2>/dev/null || true; } | LC_ALL=C sort | cksum | tr ' ' -
+}
+
+# One line per event: time, event, job, restart, progress, and for `start` nodes, for others exit code and reason.
+postnas_note() {
+    mkdir -p "${postnas_attempts%/*}"
+    echo "$(date +%s) $1 $SLURM_JOB_ID ${SLURM_RESTART_COUNT:-0} $(postnas_progress) ${*:2}" >> "$postnas_attempts"
+}
+
+# Prints three counts since this job last got further: crashes, interruptions, failed preflights.
+postnas_stalls() {
+    awk -v job="$SLURM_JOB_ID" '
+        $3 != job { next }
+        !($5 in seen) { crashed = idle = 0; new = 1; seen[$5] = 1 }
+        $2 == "start" { if (open && !new) idle++; open = 1 }
+        $2 == "end" { if (!new) { if ($6 == 75) idle++; else crashed++ }; open = 0 }
+        $2 == "preflight" { preflight++; open = 0 }
+        { new = 0 }
+        END { print crashed + 0, idle + 0, preflight + 0 }' "$postnas_attempts"
+}
+
+# Only a job that Slurm regards as running may queue itself again: anything else would bring a cancelled job back.
+postnas_requeue() {
+    local state try
+    for try in 1 2 3 4 5; do
+        state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) && break
+        sleep "$try"
+    done
+    if [ "$state" != RUNNING ]; then
+        postnas_say "Slurm is ending this job (${state:-no answer}); it is not queued again from here"
+        return 1
+    fi
+    # Slurm answers with SIGTERM for this whole script, so the command has to ignore it.
+    (trap '' TERM; scontrol requeue "$SLURM_JOB_ID")
+}
+
+postnas_finish() {
+    local code=$1 crashed idle
+    [ -n "$postnas_guard" ] && kill "$postnas_guard" 2>/dev/null
+    [ "$postnas_phase" = run ] || exit "$code"   # start-up or preflight noted its own end
+    case $code in
+        0) postnas_note end 0 "done"; postnas_say "done"; exit 0 ;;
+        75) postnas_note end 75 "interrupted, saved" ;;
+        *) postnas_note end "$code" "crashed with exit code $code" ;;
+    esac
+    read -r crashed idle _ < <(postnas_stalls)
+    if [ "$code" = 2 ]; then
+        postnas_give_up "$code" "usage error"
+    elif [ "$crashed" -gt "$POSTNAS_RESTARTS" ]; then
+        postnas_give_up "$code" "crashed with exit code $code, $crashed times without progress"
+    elif [ "$idle" -gt "$postnas_idle_limit" ]; then
+        postnas_give_up 1 "interrupted $idle times without progress"
+    fi
+    postnas_say "exit code $code; queueing again"
+    postnas_requeue || postnas_say "not queued again"
+    exit "$code"
+}
+
+postnas_give_up() {
+    postnas_note failed "$1" "$2"
+    postnas_say "giving up: $2"
+    exit "$1"
+}
+
+# Reaching the time limit would end the job for good. Early warning comes well before; this is for workers that missed it.
+postnas_watch_clock() {
+    local end left
+    end=$(scontrol show job --oneliner "$SLURM_JOB_ID" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p')
+    left=$(($(date -d "$end" +%s) - $(date +%s) - postnas_guard_seconds)) || return 0
+    [ "$left" -gt 0 ] || return 0
+    (
+        trap 'kill $sleeper 2>/dev/null; exit 0' TERM
+        sleep "$left" &
+        sleeper=$!
+        wait "$sleeper"
+        postnas_say "the time limit is $postnas_guard_seconds seconds away; queueing again"
+        postnas_requeue
+    ) &
+    postnas_guard=$!
+}
+
+# The head node's address as Slurm knows it; `hostname -i` may name an interface that other nodes cannot reach.
+postnas_head_address() {
+    scontrol show node --oneliner "$1" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p'
+}
+
+# Below the range that the kernel hands out, one per job, and not in use by somebody else on the head node.
+postnas_port() {
+    local port=$((15000 + SLURM_JOB_ID % 15000)) try
+    for try in $(seq 50); do
+        (exec 3<> "/dev/tcp/127.0.0.1/$port") 2>/dev/null || break
+        port=$((15000 + (port - 15000 + 97) % 15000))
+    done
+    echo "$port"
+}
+
+# Sets POSTNAS_BAD_NODES and POSTNAS_BAD_REASON.
+postnas_judge_nodes() {
+    local node reason silent=0
+    POSTNAS_BAD_NODES='' POSTNAS_BAD_REASON=''
+    for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+        if [ -e "$POSTNAS_PREFLIGHT_DIR/$node.ok" ] && [ ! -e "$POSTNAS_PREFLIGHT_DIR/$node.bad" ]; then continue; fi
+        if [ -s "$POSTNAS_PREFLIGHT_DIR/$node.bad" ]; then
+            reason=$(head -n 1 "$POSTNAS_PREFLIGHT_DIR/$node.bad")
+        else
+            reason="no answer within $POSTNAS_PREFLIGHT_TIMEOUT seconds"
+            silent=$((silent + 1))
+        fi
+        POSTNAS_BAD_NODES=${POSTNAS_BAD_NODES:+$POSTNAS_BAD_NODES,}$node
+        POSTNAS_BAD_REASON=${POSTNAS_BAD_REASON:+$POSTNAS_BAD_REASON; }"$node: $reason"
+    done
+    # When nobody answers, the fault is not in a node.
+    if [ "$silent" -gt 1 ] && [ "$silent" = "$SLURM_JOB_NUM_NODES" ]; then POSTNAS_BAD_NODES='' POSTNAS_BAD_REASON=''; fi
+}
+
+postnas_preflight() {
+    local failed excluded step=$((POSTNAS_PREFLIGHT_TIMEOUT + 60))
+    export POSTNAS_PREFLIGHT_DIR="$POSTNAS_RUN_DIR/cluster/preflight/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
+    mkdir -p "$POSTNAS_PREFLIGHT_DIR"
+    POSTNAS_STEP=preflight timeout --signal=TERM --kill-after=15 "$step" \
+        srun --output="$POSTNAS_PREFLIGHT_DIR/log.txt" "${postnas_srun[@]}" --wait=0 \
+        bash "$POSTNAS_STEP_SCRIPT"
+    failed=$?
+    postnas_judge_nodes
+    if [ -z "$POSTNAS_BAD_NODES" ] && [ "$failed" = 0 ]; then return 0; fi
+    if [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" != RUNNING ]; then exit 75; fi
+    : "${POSTNAS_BAD_REASON:="no single node to blame, see $POSTNAS_PREFLIGHT_DIR/log.txt"}"
+    postnas_note preflight "$failed" "$POSTNAS_BAD_REASON"
+    read -r _ _ failed < <(postnas_stalls)
+    if [ "$failed" -gt "$POSTNAS_PREFLIGHT_REQUEUES" ]; then
+        postnas_give_up 1 "preflight failed $failed times, now: $POSTNAS_BAD_REASON"
+    fi
+    excluded=$(scontrol show job --oneliner "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+    excluded=${excluded#(null)}
+    postnas_say "preflight failed: $POSTNAS_BAD_REASON; queueing again without ${POSTNAS_BAD_NODES:-excluding a node}"
+    (
+        trap '' TERM
+        scontrol requeue "$SLURM_JOB_ID" && [ -n "$POSTNAS_BAD_NODES" ] &&
+            scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${excluded:+$excluded,}$POSTNAS_BAD_NODES"
+    )
+    exit 75
+}
+
+# `module` is a function of login shells; batch scripts often have to fetch it.
+postnas_load_module() {
+    local file
+    if ! type module > /dev/null 2>&1; then
+        for file in /etc/profile.d/lmod.sh /etc/profile.d/z00_lmod.sh /etc/profile.d/modules.sh; do
+            # shellcheck disable=SC1090
+            [ -r "$file" ] && source "$file"
+        done
+    fi
+    module load "$1" || postnas_give_up 1 "module load $1 failed on $(hostname -s)"
+}
+
+postnas_begin() {
+    local crashed idle
+    trap 'postnas_say "SIGTERM"' TERM   # without a trap the shell dies at once and nobody decides what follows
+    trap 'postnas_finish $?' EXIT
+    postnas_note start "$SLURM_JOB_NUM_NODES $SLURM_JOB_NODELIST"
+    postnas_say "$POSTNAS_TARGET on $SLURM_JOB_NODELIST"
+    read -r crashed idle _ < <(postnas_stalls)
+    if [ "$idle" -gt "$postnas_idle_limit" ]; then postnas_give_up 1 "interrupted $idle times without progress"; fi
+    # sbatch's own --cpus-per-task reaches steps through this variable only (since Slurm 22.05).
+    if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"; fi
+    export SLURM_EXPORT_ENV=ALL
+    MASTER_ADDR=$(postnas_head_address "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)")
+    MASTER_PORT=$(postnas_port)
+    export MASTER_ADDR MASTER_PORT
+    mkdir -p "$POSTNAS_STATE_DIR" "$POSTNAS_LOG_DIR"
+    postnas_watch_clock
+    if [ "$POSTNAS_PREFLIGHT" = 1 ]; then postnas_phase=preflight; postnas_preflight; fi
+    postnas_phase=run
+}
