@@ -25,6 +25,7 @@ class StageStatus:
 
     Attributes:
         phase: what the stage is working on, such as the candidate in training.
+        first_step, first_step_at: where and when this phase began to count steps.
         seconds: working time up to the last update, over all attempts.
         error: one line that says why the stage is not running any more.
     """
@@ -34,6 +35,8 @@ class StageStatus:
     phase: str = ""
     step: int = 0
     total_steps: int = 0
+    first_step: int = 0
+    first_step_at: float | None = None
     losses: dict[str, float] = field(default_factory=dict)
     tokens_per_second: float | None = None
     started: float | None = None
@@ -59,10 +62,11 @@ class StageStatus:
 
     @property
     def remaining(self) -> float | None:
-        """Seconds left at the pace so far, or None when there is none yet."""
-        if self.state != RUNNING or not self.fraction:
+        """Seconds that this phase takes on at its pace so far, or None when there is none yet."""
+        if self.state != RUNNING or self.first_step_at is None or self.updated is None or self.step <= self.first_step:
             return None
-        return self.elapsed * (1 - self.fraction) / self.fraction
+        pace = max(0.0, self.updated - self.first_step_at) / (self.step - self.first_step)
+        return max(0.0, pace * (self.total_steps - self.step) - (time.time() - self.updated))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, for --json."""

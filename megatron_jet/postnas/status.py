@@ -42,7 +42,7 @@ class StageStatus:
 
     def phase(self, text: str) -> None:
         """What is done now, for example "training gla"."""
-        for key in ("step", "total_steps", "losses", "tokens_per_second"):
+        for key in ("step", "total_steps", "losses", "tokens_per_second", "first_step", "first_step_at"):
             self._row.pop(key, None)
         self._row["job"] = text
         self._write("running")
@@ -53,6 +53,9 @@ class StageStatus:
             return
         self._row |= {key: row[key] for key in ("step", "total_steps", "tokens_per_second") if key in row}
         self._row["losses"] = {key: row[key] for key in LOSSES if key in row}
+        # The time left comes from the pace since then; a resumed phase does not start at step 0.
+        self._row.setdefault("first_step", row["step"])
+        self._row.setdefault("first_step_at", time.time())
         if time.monotonic() - self._written >= WRITE_EVERY:
             self._write("running")
 

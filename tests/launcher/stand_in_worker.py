@@ -48,12 +48,13 @@ def meet(folder, rank):
 def run_stage(folder, stage, behaviour, rank, digest):
     meet(folder, rank)
     done = json.loads((folder / "progress.json").read_text())["step"] if (folder / "progress.json").exists() else 0
-    start = time.monotonic()
+    start, begun = time.monotonic(), time.time()
     for step in range(done, STEPS):
         print(f"{stage} step {step} rank {rank}")
         if rank == 0:
-            losses = {"kl": 1 / (step + 1)}
-            write_status(folder, "running", time.monotonic() - start, step=step, total_steps=STEPS, losses=losses)
+            row = {"step": step, "total_steps": STEPS, "losses": {"kl": 1 / (step + 1)}}
+            row |= {"first_step": done, "first_step_at": begun}
+            write_status(folder, "running", time.monotonic() - start, **row)
         if step == STEPS // 2:
             misbehave(behaviour, rank)
         time.sleep(0.01)

@@ -5,6 +5,7 @@ import os
 import socket
 import threading
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -33,14 +34,16 @@ def set_status(run: RunDirectory, stage: str, state: str, **fields) -> None:
 def test_status_tells_states_apart(run, launcher):
     set_status(run, "prepare", "done")
     losses = {"feature": 0.25, "kl": 1.5}
-    set_status(run, "placement", "running", step=30, total_steps=120, losses=losses, job="supernet")
+    moment = datetime.now(UTC)
+    pace = {"first_step": 10, "first_step_at": moment.timestamp() - 40, "updated": moment.isoformat()}
+    set_status(run, "placement", "running", step=30, total_steps=120, losses=losses, job="supernet", **pace)
     code, out, _ = launcher("status", "a")
     lines = {line.split()[0]: line for line in out.splitlines()[1:]}
     assert code == 0
     assert "running" in out.splitlines()[0]
     assert "done in 12 s" in lines["prepare"]
     assert "running: supernet, step 30/120, feature 0.25, kl 1.5" in lines["placement"]
-    assert "left" in lines["placement"]
+    assert "3 min left" in lines["placement"]  # 20 steps took 40 s, 90 are left
     assert lines["stage2"].split() == ["stage2", "pending"]
 
 
@@ -161,8 +164,8 @@ def test_lock_ends_with_its_holder(tmp_path):
 
 
 def test_descriptions():
-    status = StageStatus("stage1", "running", "", 50, 200, {"kl": 0.123456}, 2310.0, updated=time.time(), seconds=30.0)
-    assert describe(status) == "step 50/200, kl 0.1235, 2,310 tokens/s, 90 s left".replace("90 s", "2 min")
+    row = {"step": 50, "total_steps": 200, "losses": {"kl": 0.123456}, "tokens_per_second": 2310.0}
+    assert describe(StageStatus("stage1", "running", **row)) == "step 50/200, kl 0.1235, 2,310 tokens/s"
     assert describe_end(StageStatus("stage1", "done", seconds=77.0)) == "done in 77 s"
     assert describe_end(StageStatus("stage1", "failed", "", 5, 10, error="no")) == "failed at step 5/10: no"
 
