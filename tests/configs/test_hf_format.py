@@ -1,0 +1,147 @@
+"""config.json of every supported model type, and what is refused. Round trips are in tests/model/test_against_hf.py."""
+
+import pytest
+
+from megatron_jet.configs.cost import model_cost
+from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.hf_format import hf_model_type, model_from_hf, model_to_hf
+
+QWEN = {
+    "model_type": "qwen2",
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 21,
+    "bos_token_id": 151643,
+    "eos_token_id": 151643,
+}
+PUBLISHED_2B = QWEN | {
+    "model_type": "jet_nemotron",
+    "layer_types": [
+        "attn" if i in (14, 19) else "swa" if i in (20, 21) else "jet" for i in range(28)
+    ],
+    "efficient_attention_config": {
+        "jet": {
+            "mode": "chunk",
+            "expand_v": 2.6666666667,
+            "num_heads": 12,
+            "head_dim": 96,
+            "norm_eps": "1e-5",
+            "conv_size": 4,
+            "dconv_generator_reduction": 8,
+            "dconv_implementation": "triton",
+        },
+        "swa": {"window_size": 1152},
+    },
+}
+
+
+def test_qwen2():
+    model = model_from_hf(QWEN)
+    assert model.layer_plan == ("attn",) * 28
+    assert (model.head_dim, model.qkv_bias, model.qk_norm, model.rope_theta) == (128, True, False, 1e6)
+    assert model_cost(model, 1024).total_params == 1_543_714_304  # as Hugging Face counts it
+
+
+def test_published_2b():
+    """The string "1e-5", the rounded expand_v, and layer types that transformers does not know."""
+    model = model_from_hf(PUBLISHED_2B)
+    assert model.layer_plan[13:22] == ("jet", "attn", "jet", "jet", "jet", "jet", "attn", "swa:1152", "swa:1152")
+    assert (model.mixers["jet"].norm_eps, model.mixers["jet"].head_v_dim) == (1e-5, 256)
+    assert round(model_cost(model, 1024).total_params / 1e9, 3) == 1.965
+    written = model_to_hf(model, "bfloat16")
+    assert written["layer_types"] == PUBLISHED_2B["layer_types"]
+    assert set(PUBLISHED_2B["efficient_attention_config"]["jet"]) == set(written["efficient_attention_config"]["jet"])
+    assert (written["model_type"], written["architectures"]) == ("jet_nemotron", ["JetNemotronForCausalLM"])
+
+
+def test_layer_types_as_a_string_are_parsed():
+    """Some copies of the published file hold the list as a string, which the published code passes to eval."""
+    text = str(PUBLISHED_2B["layer_types"])
+    assert model_from_hf(PUBLISHED_2B | {"layer_types": text}) == model_from_hf(PUBLISHED_2B)
+    with pytest.raises(UserError, match="is not a list of mixer names"):
+        model_from_hf(PUBLISHED_2B | {"layer_types": "__import__('os').getpid()"})
+
+
+def test_sliding_windows_of_qwen2():
+    model = model_from_hf(QWEN | {"use_sliding_window": True})
+    assert model.layer_plan == ("attn",) * 21 + ("swa:4096",) * 7
+    types = ["full_attention"] * 27 + ["sliding_attention"]
+    assert model_from_hf(QWEN | {"layer_types": types}).layer_plan[-2:] == ("attn", "swa:4096")
+
+
+def test_rope_parameters_of_transformers_5():
+    config = {key: value for key, value in QWEN.items() if key != "rope_theta"}
+    model = model_from_hf(config | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})
+    assert model.rope_theta == 5e5
+
+
+@pytest.mark.parametrize(
+    ("changes", "model_type"),
+    [
+        ({"layer_plan": ("jet", "swa:3", "attn")}, "jet_nemotron"),
+        ({"layer_plan": ("jet", "swa:3", "swa:4")}, "megatron_jet"),
+        ({"layer_plan": ("gla", "attn", "attn")}, "megatron_jet"),
+        ({"layer_plan": ("jet", "attn", "attn"), "qkv_bias": False}, "megatron_jet"),
+        ({"layer_plan": ("jet", "attn", "attn"), "head_dim": 64}, "megatron_jet"),
+        ({"layer_plan": ("attn", "attn", "attn")}, "qwen2"),
+        ({"layer_plan": ("attn", "attn", "attn"), "head_dim": 64}, "megatron_jet"),
+        ({"layer_plan": ("attn",) * 3, "base_model_type": "llama", "qkv_bias": False}, "llama"),
+    ],
+)
+def test_the_narrowest_format_is_chosen(changes, model_type):
+    tiny = model_from_hf(PUBLISHED_2B).replace(
+        num_layers=3,
+        layer_plan=("attn",) * 3,
+        mixers={
+            "jet": {"num_heads": 2, "head_dim": 4},
+            "gla": {"num_heads": 2, "head_dim": 4},
+        },
+    )
+    model = tiny.replace(**changes)
+    assert hf_model_type(model) == model_type
+    used = {kind: mixer for kind, mixer in model.mixers.items() if kind in model.layer_plan}
+    assert model_from_hf(model_to_hf(model)) == model.replace(mixers=used)
+
+
+def without(config: dict, key: str) -> dict:
+    return {name: value for name, value in config.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (QWEN | {"model_type": "mamba2"}, "model_type 'mamba2' is not supported"),
+        (without(QWEN, "hidden_size"), "hidden_size is missing"),
+        (QWEN | {"rope_scaling": {"rope_type": "yarn"}}, "RoPE scaling 'yarn' is not supported"),
+        (QWEN | {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        (QWEN | {"layer_types": ["linear_attention"] * 28}, "layer_types has 'linear_attention'"),
+        (without(PUBLISHED_2B, "layer_types"), "layer_types is missing"),
+        (PUBLISHED_2B | {"layer_types": ["jet"] * 27}, "27 entries but the model has 28 layers"),
+        (PUBLISHED_2B | {"layer_types": ["mamba"] * 28}, "unknown mixer 'mamba'"),
+        (PUBLISHED_2B | {"efficient_attention_config": {"swa": {"window_size": 9}}}, "mixers.jet is not given"),
+        (PUBLISHED_2B | {"windows": [3]}, "windows has 1 entries"),
+        (
+            PUBLISHED_2B | {"efficient_attention_config": {"jet": {"num_heads": 2, "head_dim": 4, "heads": 3}}},
+            "efficient_attention_config.jet.heads is not known",
+        ),
+        (
+            PUBLISHED_2B
+            | {"layer_types": ["jet"] * 28}
+            | {"efficient_attention_config": {"jet": {"num_heads": 12, "head_dim": 96, "expand_v": 1.03}}},
+            "not a whole d_v",
+        ),
+        (PUBLISHED_2B | {"base_model_type": "gpt2"}, "base_model_type 'gpt2' is not supported"),
+    ],
+)
+def test_what_cannot_be_expressed_is_refused(config, message):
+    with pytest.raises(UserError, match=message):
+        model_from_hf(config)
