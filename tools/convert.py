@@ -54,6 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         cpu_backend.install()
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
         return {"import": run_import, "export": run_export, "verify": run_verify}[args.command](args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

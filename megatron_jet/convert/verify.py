@@ -1,20 +1,20 @@
 """Is a Megatron checkpoint the same model as a Hugging Face directory? Compares both, layer by layer, in fp32."""
 
-import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.multiprocessing
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.training import ParallelConfig
+from megatron_jet.convert import verify_worker
 from megatron_jet.convert.hf_export import checkpoint_config
 from megatron_jet.convert.hf_package import load_for_causal_lm
+from megatron_jet.convert.verify_worker import VerifyJob
 
 SEQUENCES, LENGTH = 2, 96  # longer than one chunk of the chunked recurrences
 
@@ -54,12 +54,7 @@ def verify(hf_dir: str | Path, checkpoint: str | Path, parallel: ParallelConfig)
     tokens = torch.randint(0, model.vocab_size, (SEQUENCES, LENGTH), generator=generator)
     reference = hf_activations(hf_dir, tokens)
     with tempfile.TemporaryDirectory() as directory:
-        job = _Job(str(checkpoint), model, parallel, tokens, directory)
-        processes = parallel.tensor * parallel.pipeline
-        try:
-            torch.multiprocessing.spawn(_worker, args=(job,), nprocs=processes)
-        except torch.multiprocessing.ProcessException as error:
-            raise UserError(f"{checkpoint}: the Megatron model failed: {_last_line(error)}") from None
+        run_megatron(VerifyJob(str(checkpoint), model, parallel, tokens, directory))
         found: dict[str, Tensor] = {}
         for path in Path(directory).glob("*.safetensors"):
             found |= load_file(path)
@@ -90,63 +85,6 @@ def hf_activations(hf_dir: str | Path, tokens: Tensor) -> dict[str, Tensor]:
     return {name: tensor.float().cpu() for name, tensor in outputs.items()}
 
 
-@dataclass(frozen=True)
-class _Job:
-    checkpoint: str
-    model: ModelConfig
-    parallel: ParallelConfig
-    tokens: Tensor
-    out: str
-
-
-def _worker(rank: int, job: _Job) -> None:
-    """One rank of the Megatron side: writes the layers (and logits) it holds."""
-    from megatron_jet.training import cpu_backend
-
-    cpu_backend.install()
-    import torch.distributed as dist
-    from megatron.core import parallel_state, tensor_parallel
-
-    from megatron_jet.model.builder import build_model
-    from megatron_jet.model.features import collect_features
-    from megatron_jet.training.checkpoint import load_model
-    from megatron_jet.training.parallel import destroy_parallel, init_parallel
-
-    os.environ["LOCAL_RANK"] = str(rank)
-    world_size = job.parallel.tensor * job.parallel.pipeline
-    store = dist.FileStore(f"{job.out}/store", world_size)
-    init_parallel(job.parallel, 0, store=store, rank=rank, world_size=world_size)
-    chunks = build_model(job.model, job.parallel, dtype="fp32", init_seed=None)
-    load_model(chunks, job.checkpoint)
-    device = next(chunks[0].parameters()).device
-    with torch.no_grad(), collect_features(chunks) as features:
-        logits = _forward(chunks[0].eval(), job, device)
-    tensors = {str(layer): hidden.transpose(0, 1) for layer, hidden in features.items()}  # [b, s, h]
-    if logits is not None:
-        tensors["logits"] = tensor_parallel.gather_from_tensor_model_parallel_region(logits)
-    if parallel_state.get_tensor_model_parallel_rank() == 0:
-        save_file({k: v.float().cpu().contiguous() for k, v in tensors.items()}, f"{job.out}/{rank}.safetensors")
-    destroy_parallel()
-
-
-def _forward(chunk, job: _Job, device: torch.device) -> Tensor | None:
-    """One forward through all pipeline stages. Logits [b, s, vocab / tp] on the last one, None on the others."""
-    import torch.distributed as dist
-    from megatron.core import parallel_state
-
-    tokens = job.tokens.to(device)
-    positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
-    if not chunk.pre_process:
-        hidden = torch.empty(tokens.shape[1], tokens.shape[0], job.model.hidden_size, device=device)  # [s, b, h]
-        dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
-        chunk.set_input_tensor(hidden)
-    output = chunk(tokens, positions, None)
-    if chunk.post_process:
-        return output
-    dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
-    return None
-
-
 def _difference(name: str, found: Tensor, reference: Tensor) -> LayerDifference:
     if found.shape != reference.shape:
         raise UserError(
@@ -155,6 +93,18 @@ def _difference(name: str, found: Tensor, reference: Tensor) -> LayerDifference:
     difference = found - reference
     ratio = float(difference.norm() / reference.norm().clamp_min(1e-30))
     return LayerDifference(name, ratio, float(difference.abs().max()))
+
+
+def run_megatron(job: VerifyJob) -> None:
+    """Run the Megatron side: here when one process is enough, else in processes of their own."""
+    processes = job.parallel.tensor * job.parallel.pipeline
+    if processes == 1:
+        verify_worker.run(0, job)
+        return
+    try:
+        torch.multiprocessing.spawn(verify_worker.run, args=(job,), nprocs=processes)
+    except torch.multiprocessing.ProcessException as error:
+        raise UserError(f"{job.checkpoint}: the Megatron model failed: {_last_line(error)}") from None
 
 
 def _last_line(error: BaseException) -> str:

@@ -138,7 +138,7 @@ class PlacementStage:
 
     @contextmanager
     def _scorer(self, ctx: StageContext, supernet: TrainResult, split: str) -> Iterator[ScorePlans]:
-        """Scores plans with the trained supernet plus the teacher's attention with a window, a path without own weights.
+        """Scores plans with the trained supernet plus teacher attention with a window (a path without own weights).
 
         Loaded when first asked: a resumed stage may have every score already.
         """
