@@ -27,6 +27,7 @@ from megatron_jet.configs.files import read_json, write_json
 from megatron_jet.configs.training import TrainingConfig
 from megatron_jet.model.state import CHECKPOINT_METADATA, sharded_state
 from megatron_jet.training.checkpoint import load_model, load_sharded, root_cause, save_model, save_sharded
+from megatron_jet.training.collectives import all_ranks, from_rank_0
 from megatron_jet.training.freezing import named_parameters
 from megatron_jet.training.optimizer import Optimizer
 
@@ -128,7 +129,7 @@ class CheckpointFolder:
         Raises:
             UserError: checkpoints of another configuration, or none of those present is complete.
         """
-        found = _broadcast(self._newest_complete() if dist.get_rank() == 0 else None)
+        found = from_rank_0(self._newest_complete() if dist.get_rank() == 0 else None)
         if isinstance(found, str):
             raise UserError(found)
         if found is None:
@@ -180,9 +181,7 @@ class CheckpointFolder:
             problem = str(error)
         except Exception as error:  # whatever went wrong, ranks must agree on it
             problem = root_cause(error)
-        problems: list = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-        problem = next((p for p in problems if p), None)
+        problem = next((p for p in all_ranks(problem) if p), None)
         if problem is None:
             return
         if dist.get_rank() == 0:
@@ -220,8 +219,7 @@ def check_complete(directory: Path) -> tuple[str | None, dict]:
 def _state_to_save(chunks, optimizer: Optimizer, progress: Progress, data_state: Any) -> dict:
     """The sharded state dict of everything but the weights. Collective."""
     steps = _gathered_adam_steps(chunks, optimizer)
-    data_states: list = [None] * dist.get_world_size()
-    dist.all_gather_object(data_states, (parallel_state.get_data_parallel_rank(), data_state))
+    data_states = dict(all_ranks((parallel_state.get_data_parallel_rank(), data_state)))
     with optimizer.common_step():
         optimizer_state = optimizer.megatron.sharded_state_dict(sharded_state(chunks), metadata=_metadata())
     return {
@@ -229,7 +227,7 @@ def _state_to_save(chunks, optimizer: Optimizer, progress: Progress, data_state:
         "rng": _rng_object(_rng_state()),
         "progress": asdict(progress),
         "adam_steps": steps,
-        "data": [state for _, state in sorted(dict(data_states).items())],
+        "data": [state for _, state in sorted(data_states.items())],
     }
 
 
@@ -270,9 +268,7 @@ def _gathered_adam_steps(chunks, optimizer: Optimizer) -> dict[str, float]:
         state = optimizer.state_of(parameter)
         if torch.is_tensor(state.get("step")):
             own[name] = float(state["step"])
-    everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
-    return {name: step for part in everyone for name, step in part.items()}
+    return {name: step for part in all_ranks(own) for name, step in part.items()}
 
 
 def _layout() -> dict[str, int]:
@@ -299,12 +295,6 @@ def _set_rng_state(state: dict) -> None:
 
 def _rng_object(state: dict | None) -> ShardedObject:
     return ShardedObject("rng", state, (dist.get_world_size(),), (dist.get_rank(),), replica_id=0)
-
-
-def _broadcast(value: Any) -> Any:
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def _replace(temporary: Path, final: Path) -> None:

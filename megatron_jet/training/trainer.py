@@ -13,6 +13,7 @@ from megatron_jet.model.builder import build_model
 from megatron_jet.model.paths import idle_parameters, set_paths
 from megatron_jet.model.transformer_config import DTYPES
 from megatron_jet.training.checkpoint import load_model
+from megatron_jet.training.collectives import any_rank, from_rank_0
 from megatron_jet.training.distill import DistillationModel, share_frozen_tensors
 from megatron_jet.training.freezing import freeze
 from megatron_jet.training.job import TrainJob, TrainResult
@@ -35,7 +36,7 @@ def train(job: TrainJob, observer: Observer | None = None) -> TrainResult:
         Interrupted: a stop signal came; everything is saved.
         UserError: the job cannot run, its checkpoints are unusable, the disk is full, or losses stay non-finite.
     """
-    finished = TrainResult.load(job)
+    finished = from_rank_0(TrainResult.load(job) if dist.get_rank() == 0 else None)
     if finished is not None:
         return finished
     with StopRequest() as stop, Trainer(job, observer) as trainer:
@@ -98,7 +99,7 @@ class Trainer:
             self.optimizer.apply(lr, undrawn=idle_parameters(self.student))
         self._count(losses, problem, time.monotonic() - started)
         self.recorder.train(self.progress, losses, grad_norm, lr)
-        return agree(stop.requested)
+        return any_rank(stop.requested)
 
     @torch.no_grad()
     def validate(self) -> None:
@@ -204,12 +205,19 @@ class Trainer:
         if restored is None:
             return Progress()
         progress, data_states = restored
-        if len(data_states) != self.dp_size:
-            raise UserError(
-                f"{self.job.name}: the checkpoint is of {len(data_states)} data-parallel ranks, not {self.dp_size}"
-            )
-        self.loader.load_state_dict(data_states[parallel_state.get_data_parallel_rank()])
+        self.loader.load_state_dict(self._own_data_state(data_states))
         return progress
+
+    def _own_data_state(self, states: list):
+        """This rank's place in the data. With another number of ranks it must be a place in the global order."""
+        if len(states) == self.dp_size:
+            return states[parallel_state.get_data_parallel_rank()]
+        if any(state != states[0] for state in states):
+            raise UserError(
+                f"{self.job.name}: the checkpoint is of {len(states)} data-parallel ranks and this data cannot be "
+                f"dealt out anew to {self.dp_size}"
+            )
+        return states[0]
 
     def _losses(self, terms: dict[str, float]) -> dict[str, float]:
         loss = self.job.training.loss
@@ -233,12 +241,3 @@ class Trainer:
 def first_non_finite(values: dict[str, float]) -> str | None:
     """ "kl is nan" for the first term that is not finite."""
     return next((f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)), None)
-
-
-def agree(flag: bool) -> bool:
-    """Whether the flag is set on any rank: a signal may reach only some, and all must stop after the same step."""
-    if dist.get_world_size() == 1:
-        return flag
-    tensor = torch.tensor(float(flag), device=torch.cuda.current_device())
-    dist.all_reduce(tensor)
-    return bool(tensor.item())

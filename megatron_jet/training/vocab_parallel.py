@@ -114,30 +114,27 @@ def _chunk(
     student: Tensor, teacher: Tensor | None, labels: Tensor, weights: Tensor, what: LogitLoss, group
 ) -> tuple[Tensor, Tensor]:
     """[KL, CE] of one chunk and the gradient of their weighted sum. student, teacher [n, v] fp32."""
-    zero = student.new_zeros(())
-    gradient = None
-    kl_sum = ce_sum = zero
-    if teacher is not None:
-        kl, gradient = _divergence(student / what.temperature, teacher / what.temperature, what.reverse, group)
-        # d(T^2 KL)/d(logits) = T^2 * (1 / T) * d KL / d(logits / T)
-        kl_sum = what.temperature**2 * (kl * weights).sum()
-        gradient *= what.kl * what.temperature
+    kl_sum = ce_sum = student.new_zeros(())
+    gradient = torch.zeros_like(student)
+    log_s = None
     if what.cross_entropy:
-        cross_entropy, ce_gradient = _cross_entropy(student, labels, group)
+        log_s = vocab_parallel_log_softmax(student, group)
+        cross_entropy, ce_gradient = _cross_entropy(log_s, labels, group)
         ce_sum = (cross_entropy * weights).sum()
-        ce_gradient *= what.cross_entropy
-        gradient = ce_gradient if gradient is None else gradient.add_(ce_gradient)
-    else:
-        ce_sum = zero
-    if gradient is None:
-        gradient = torch.zeros_like(student)
+        gradient.add_(ce_gradient, alpha=what.cross_entropy)
+    if teacher is not None:
+        if log_s is None or what.temperature != 1:
+            log_s = vocab_parallel_log_softmax(student / what.temperature, group)
+        log_t = vocab_parallel_log_softmax(teacher / what.temperature, group)
+        kl, kl_gradient = _divergence(log_s, log_t, what.reverse, group)
+        kl_sum = what.temperature**2 * (kl * weights).sum()
+        # d(T^2 KL) / d(logits) = T^2 * (1 / T) * d KL / d(logits / T)
+        gradient.add_(kl_gradient, alpha=what.kl * what.temperature)
     return torch.stack([kl_sum, ce_sum]), gradient.mul_(weights[:, None])
 
 
-def _divergence(student: Tensor, teacher: Tensor, reverse: bool, group) -> tuple[Tensor, Tensor]:
-    """KL per token [n] and its gradient with respect to the student's logits [n, v]."""
-    log_s = vocab_parallel_log_softmax(student, group)
-    log_t = vocab_parallel_log_softmax(teacher, group)
+def _divergence(log_s: Tensor, log_t: Tensor, reverse: bool, group) -> tuple[Tensor, Tensor]:
+    """KL per token [n] and its gradient with respect to the student's (softened) logits [n, v]."""
     p_s = log_s.exp()
     difference = log_s - log_t
     if reverse:
@@ -147,13 +144,12 @@ def _divergence(student: Tensor, teacher: Tensor, reverse: bool, group) -> tuple
     return _sum_over_vocab(-p_t * difference, group), p_s - p_t
 
 
-def _cross_entropy(student: Tensor, labels: Tensor, group) -> tuple[Tensor, Tensor]:
+def _cross_entropy(log_s: Tensor, labels: Tensor, group) -> tuple[Tensor, Tensor]:
     """Cross-entropy per token [n] and its gradient with respect to the student's logits [n, v]."""
-    log_s = vocab_parallel_log_softmax(student, group)
-    first = 0 if group is None else dist.get_rank(group) * student.shape[-1]
+    first = 0 if group is None else dist.get_rank(group) * log_s.shape[-1]
     local = labels - first
-    here = (local >= 0) & (local < student.shape[-1])
-    index = local.clamp(0, student.shape[-1] - 1)[:, None]  # [n, 1]
+    here = (local >= 0) & (local < log_s.shape[-1])
+    index = local.clamp(0, log_s.shape[-1] - 1)[:, None]  # [n, 1]
     cross_entropy = -(log_s.gather(1, index)[:, 0] * here)
     if group is not None:
         dist.all_reduce(cross_entropy, group=group)

@@ -133,7 +133,7 @@ def test_two_processes_equal_one_and_resume_bit_exactly(pool, undisturbed, tmp_p
 
 
 @pytest.mark.parametrize("distributed", [False, True])
-@pytest.mark.parametrize("first, second", [((TP2, 2), (PP2, 2)), ((PP2, 2), (ONE, 1))], ids=["tp2-pp2", "pp2-one"])
+@pytest.mark.parametrize("first, second", [((TP2, 2), (PP2, 2)), ((ONE, 2), (ONE, 1))], ids=["tp2-pp2", "dp2-one"])
 def test_resume_at_another_layout(pool, undisturbed, tmp_path, first, second, distributed):
     training = {"training": {"distributed_optimizer": distributed}}
     pool.run(interrupted, tmp_path, {"parallel": first[0], **training}, layout=first[0], world_size=first[1])

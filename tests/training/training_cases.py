@@ -53,13 +53,13 @@ class RandomLoader:
         self.rows, self.seq_length = micro_batch_size, seq_length
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.key = f"{split}:{seed}"
-        self.position = 0
+        self.position = 0  # samples dealt out to all ranks
         self.sources = ["text"]
 
     def __iter__(self):
         while True:
-            first = (self.position * self.dp_size + self.dp_rank) * self.rows
-            self.position += 1
+            first = self.position + self.dp_rank * self.rows
+            self.position += self.rows * self.dp_size
             yield self._batch(range(first, first + self.rows))
 
     def _batch(self, indices) -> dict[str, torch.Tensor]:

@@ -1,0 +1,29 @@
+"""Small agreements between all ranks."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank: a signal may reach only some, and all must stop after the same step."""
+    if dist.get_world_size() == 1:
+        return flag
+    tensor = torch.tensor(float(flag), device=torch.cuda.current_device())
+    dist.all_reduce(tensor)
+    return bool(tensor.item())
+
+
+def from_rank_0(value: Any) -> Any:
+    """Rank 0's value, on all ranks. What lies in a shared folder is looked at by one rank, so that none disagrees."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def all_ranks(value: Any) -> list:
+    """Every rank's value, in order."""
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
