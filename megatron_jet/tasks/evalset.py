@@ -1,0 +1,108 @@
+"""What accuracy means: fixed sequences with scored positions, and a scorer that sees logits piece by piece."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatron_jet.data.index import read_index, split_info
+from megatron_jet.data.packing import WindowStream
+
+IGNORED = -100
+MAX_SEQUENCES = 512  # of one eval set
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """Sequences of one source of one split.
+
+    Attributes:
+        name: of the source.
+        metric: "loss" (no accuracy), "exact" (argmax over the vocabulary) or "choice" (argmax over `choices`).
+        tokens: inputs [n, s] int64.
+        labels: next tokens [n, s] int64, -100 where not scored.
+        choices: token ids to choose from.
+    """
+
+    name: str
+    metric: str
+    tokens: Tensor
+    labels: Tensor
+    choices: list[int] | None = None
+
+    def first(self, count: int) -> "EvalSet":
+        """The first `count` sequences."""
+        return replace(self, tokens=self.tokens[:count], labels=self.labels[:count])
+
+
+def load_eval_sets(data_dir: str | Path, split: str) -> list[EvalSet]:
+    """One eval set per source of a split, in file order, sorted by name.
+
+    Raises:
+        UserError: no index, no such split, or a damaged shard.
+    """
+    directory = Path(data_dir)
+    index = read_index(directory)
+    sets = []
+    for source in sorted(split_info(index, split, directory).sources):
+        stream = WindowStream(directory, index, split, source, index.seq_length + 1, seed=None)
+        rows = []
+        while len(rows) < MAX_SEQUENCES:
+            window = stream.next()
+            if stream.position.epoch and rows:
+                break  # the last window may have run into the second pass
+            rows.append(window)
+        tokens, mask = (torch.from_numpy(np.stack(part)) for part in zip(*rows))
+        info = index.sources[source]
+        labels = tokens[:, 1:].masked_fill(mask[:, 1:] == 0, IGNORED)
+        sets.append(EvalSet(source, info.metric, tokens[:, :-1].contiguous(), labels, info.choices))
+    return sets
+
+
+class Scorer:
+    """Accumulates the scores of one eval set over pieces of it, so that no more logits than one piece exist at once."""
+
+    def __init__(self, evalset: EvalSet):
+        self.evalset = evalset
+        self._sums = {"loss": 0.0, "correct": 0.0, "scored": 0.0}
+
+    def update(self, rows: slice, logits: Tensor) -> None:
+        """Add sequences.
+
+        Args:
+            rows: which sequences of the eval set.
+            logits: [rows, s, vocab], fp32.
+        """
+        labels = self.evalset.labels[rows].to(logits.device)
+        scored = labels != IGNORED
+        picked, answers = logits[scored], labels[scored]  # [answers, vocab], [answers]
+        # Sums over many tokens are taken in fp64, so that their order does not show.
+        self._sums["loss"] += F.cross_entropy(picked, answers, reduction="none").double().sum().item()
+        self._sums["scored"] += float(len(answers))
+        self._sums["correct"] += float((self._predictions(picked) == answers).sum().item())
+
+    def _predictions(self, logits: Tensor) -> Tensor:
+        if self.evalset.metric != "choice":
+            return logits.argmax(-1)
+        choices = torch.tensor(self.evalset.choices, device=logits.device)
+        return choices[logits[:, choices].argmax(-1)]
+
+    def sums(self) -> dict[str, float]:
+        """Partial sums, to be merged elsewhere."""
+        return dict(self._sums)
+
+    def merge(self, sums: dict[str, float]) -> None:
+        """Add another scorer's sums."""
+        for key, value in sums.items():
+            self._sums[key] += value
+
+    def result(self) -> dict[str, float]:
+        """Mean loss (nats per scored token), and accuracy unless the metric is loss."""
+        count = max(self._sums["scored"], 1.0)
+        result = {"loss": self._sums["loss"] / count}
+        if self.evalset.metric != "loss":
+            result["accuracy"] = self._sums["correct"] / count
+        return result
