@@ -2,9 +2,9 @@
 
 First, one process per node looks at its node (Python and packages, disk, GPUs, the site's own check) and writes
 NODE.bad if something is wrong. Nodes find each other through these files, which tests the shared file system, and then
-over TCP. At last all processes meet for an all-reduce, which has to reach a bandwidth; if it does not, pairs of nodes are
-measured and the slow node is named. A node that is well writes NODE.ok. slurm/job.sh reads these files, excludes the bad
-nodes and queues the job again.
+over TCP. At last all processes meet for an all-reduce, which has to reach a bandwidth; if it does not, pairs of nodes
+are measured and the slow node is named. A node that is well writes NODE.ok. slurm/job.sh reads these files, excludes
+the bad nodes and queues the job again.
 
 Needs the standard library only, and torch where a bandwidth is asked for.
 """

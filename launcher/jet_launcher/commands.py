@@ -17,6 +17,9 @@ from jet_launcher.logs import show_log
 from jet_launcher.processes import worker_environment
 from jet_launcher.progress import describe, describe_end
 from jet_launcher.run_directory import find_run, list_runs
+from jet_launcher.slurm.commands import cluster_cancel, cluster_logs, cluster_status
+from jet_launcher.slurm.overview import job_views, run_word
+from jet_launcher.slurm.record import read_record
 from jet_launcher.stage_status import DONE as STAGE_DONE
 from jet_launcher.stage_status import RUNNING, read_run, run_state
 from megatron_jet.configs.errors import UserError
@@ -30,8 +33,9 @@ def list_command(root: Path, as_json: bool) -> int:
     rows = []
     for run in list_runs(root):
         try:
-            statuses = read_run(run)
-            recipe, state = run.config().recipe, run_state(run, statuses)
+            statuses, record = read_run(run), read_record(run)
+            state = run_word(job_views(run, record)) if record else run_state(run, statuses)
+            recipe = run.config().recipe
         except UserError as error:
             # One run of an older version must not hide the others.
             rows.append(
@@ -59,6 +63,9 @@ def list_command(root: Path, as_json: bool) -> int:
 def status_command(run_id: str, root: Path, as_json: bool) -> int:
     """Stages of one run."""
     run = find_run(run_id, root)
+    record = read_record(run)
+    if record is not None:
+        return cluster_status(run, record, as_json)
     statuses = read_run(run)
     state = run_state(run, statuses)
     if as_json:
@@ -82,8 +89,12 @@ def status_command(run_id: str, root: Path, as_json: bool) -> int:
 
 def logs_command(run_id: str, stage: str | None, follow: bool, root: Path) -> int:
     """Log of a stage."""
+    run = find_run(run_id, root)
+    record = read_record(run)
     try:
-        show_log(find_run(run_id, root), stage, follow, sys.stdout)
+        if record is not None:
+            return cluster_logs(run, record, stage, follow, sys.stdout)
+        show_log(run, stage, follow, sys.stdout)
     except (KeyboardInterrupt, BrokenPipeError):
         # Leaving `logs -f`, or a pager that was closed, is the normal end.
         sys.stderr.close()
@@ -102,6 +113,9 @@ def cancel_command(run_id: str, root: Path) -> int:
     """Stop a run: its worker saves and leaves."""
     run = find_run(run_id, root)
     holder = lock_holder(run.lock_file)
+    record = read_record(run)
+    if record is not None and holder is None:
+        return cluster_cancel(run, record)
     if holder is None:
         print(f"{run.id} is not running")
         return DONE

@@ -54,6 +54,13 @@ class ClusterRecord:
             key=lambda e: (STAGE_ORDER.index(e.job.stage), e.job.target == e.job.stage, position[e.job.name]),
         )
 
+    def batch_log(self, name: str, job_id: str) -> Path:
+        """Output of a job's batch script, in NeMo-Run's directory."""
+        submission = next(s for s in self.submissions if any(row["job_id"] == job_id for row in s["jobs"]))
+        title, _, _ = submission["experiment"].rpartition("_")
+        folder = Path(submission["nemorun_home"]) / "experiments" / title / submission["experiment"] / name
+        return folder / f"sbatch_{title}.{name}_{job_id}.out"
+
     @property
     def all_job_ids(self) -> list[str]:
         """Of every submission."""

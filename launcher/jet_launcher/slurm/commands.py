@@ -1,0 +1,128 @@
+"""`status`, `logs` and `cancel` of runs that went to a cluster."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TextIO
+
+from jet_launcher.exit_codes import DONE
+from jet_launcher.run_directory import RunDirectory
+from jet_launcher.slurm import state as slurm
+from jet_launcher.slurm.overview import JobView, job_views, read_attempts, run_word, views_text
+from jet_launcher.slurm.record import ClusterRecord
+from megatron_jet.configs.errors import UserError
+
+FOLLOW_SECONDS = 1.0
+STATE_SECONDS = 5.0  # Slurm's controller is shared; files are cheaper to look at than states
+CANCEL_TIMEOUT = 600.0
+
+
+def cluster_status(run: RunDirectory, record: ClusterRecord, as_json: bool) -> int:
+    """Every job: state, job ID, nodes, restarts, hours, step, losses, time left."""
+    views = job_views(run, record)
+    if as_json:
+        body = {"run": str(run.path), "state": run_word(views), "cluster": record.name}
+        print(json.dumps({"schema_version": 1, **body, "jobs": [view.to_dict() for view in views]}, indent=2))
+        return DONE
+    last = record.submissions[-1]
+    print(f"{run.path}: {run_word(views)} on {record.name} (NeMo-Run experiment {last['experiment']})")
+    print(views_text(views))
+    if run.report_file.is_file():
+        print(f"report: {run.report_file}")
+    return DONE
+
+
+def cluster_cancel(run: RunDirectory, record: ClusterRecord) -> int:
+    """scancel every job of the run that waits or runs, and wait until Slurm has ended them."""
+    states = slurm.query_jobs(record.all_job_ids)
+    live = [job_id for job_id, job in states.items() if job.live]
+    if not live:
+        print(f"{run.id} has no jobs in the queue")
+        return DONE
+    # Dependents first: one whose dependency ends well in this very moment must not start.
+    slurm.cancel_jobs(reversed(live))
+    deadline = time.monotonic() + CANCEL_TIMEOUT
+    while any(job.live for job in slurm.query_jobs(live).values()):
+        if time.monotonic() > deadline:
+            raise UserError(f"{run.id}: Slurm has not ended jobs {', '.join(live)} after {CANCEL_TIMEOUT:.0f} s")
+        time.sleep(FOLLOW_SECONDS)
+    print(f"{run.id}: {len(live)} jobs cancelled; continue with: python launcher/postnas.py resume {run.path}")
+    return DONE
+
+
+def cluster_logs(run: RunDirectory, record: ClusterRecord, name: str | None, follow: bool, stream: TextIO) -> int:
+    """Copy the log of a stage's or job's newest attempt to `stream`; every node that has one of its own in turn.
+
+    With `follow`, go on until the job has ended, through its restarts; without a name, through all jobs of the run.
+
+    Raises:
+        UserError: no such stage or job, or nothing of it has started yet.
+    """
+    views = job_views(run, record)
+    view = _chosen(run, record, views, name)
+    positions: dict[Path, int] = {}
+    _copy_new(log_files(run, record, view), positions, stream)
+    checked = time.monotonic()
+    while follow:
+        time.sleep(FOLLOW_SECONDS)
+        _copy_new(log_files(run, record, view), positions, stream)
+        if time.monotonic() - checked < STATE_SECONDS:
+            continue
+        checked, views = time.monotonic(), job_views(run, record)
+        view = next(v for v in views if v.job.name == view.job.name)
+        if view.slurm.live:
+            continue
+        _copy_new(log_files(run, record, view), positions, stream)
+        running = [v for v in views if v.state == slurm.RUNNING and log_files(run, record, v)]
+        if name is not None or not any(v.slurm.live for v in views):
+            print(f"{view.job.name}: {view.state}{f' ({view.note})' if view.note else ''}", file=sys.stderr)
+            return DONE
+        if running:
+            view = running[-1]
+            print(f"==> {view.job.name} <==", file=stream)
+    return DONE
+
+
+def log_files(run: RunDirectory, record: ClusterRecord, view: JobView) -> list[Path]:
+    """Logs of a job's newest attempt, one per node; before there is one, those of preflight and batch script."""
+    folder = run.stage(view.job.stage) / "logs"
+    attempts = read_attempts(run, view.job.name, view.job_id)
+    for restart in sorted({attempt.restart for attempt in attempts}, reverse=True):
+        found = sorted(folder.glob(f"{view.job.name}.{view.job_id}.{restart}.*.log"))
+        if found:
+            return found
+    preflight = sorted((run.path / "cluster" / "preflight").glob(f"{view.job_id}.*/log.txt"))
+    batch = record.batch_log(view.job.name, view.job_id)
+    return [*preflight[-1:], *([batch] if batch.is_file() else [])]
+
+
+def _chosen(run: RunDirectory, record: ClusterRecord, views: list[JobView], name: str | None) -> JobView:
+    if name is not None:
+        chosen = [view for view in views if name in (view.job.name, view.job.target, view.job.stage)]
+        if not chosen:
+            raise UserError(f"{run.id} has no stage or job '{name}'; jobs: {', '.join(v.job.name for v in views)}")
+    else:
+        chosen = views
+    started = [view for view in chosen if log_files(run, record, view)]
+    if not started:
+        states = ", ".join(f"{v.job.name} {v.state}{f' ({v.note})' if v.note else ''}" for v in chosen[:3])
+        raise UserError(f"{run.id}: nothing to show yet: {states}")
+    running = [view for view in started if view.state == slurm.RUNNING]
+    exact = [view for view in started if name in (view.job.name, view.job.target)]
+    return (
+        exact or running or [max(started, key=lambda v: max(p.stat().st_mtime for p in log_files(run, record, v)))]
+    )[-1]
+
+
+def _copy_new(files: list[Path], positions: dict[Path, int], stream: TextIO) -> None:
+    for path in files:
+        if path not in positions and len(files) > 1:
+            print(f"==> {path.name} <==", file=stream)
+        position = positions.get(path, 0)
+        with open(path, "rb") as log:
+            log.seek(position)
+            data = log.read()
+        positions[path] = position + len(data)
+        stream.write(data.decode(errors="replace"))
+    stream.flush()
