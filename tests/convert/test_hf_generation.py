@@ -24,15 +24,12 @@ def greedy(model, tokens, mask=None, **options):
     return model.generate(tokens, attention_mask=mask, **options)
 
 
-def left_padded(prompts):
+def padded(prompts, side="left"):
     width = max(len(prompt) for prompt in prompts)
-    tokens, mask = (
-        torch.zeros(len(prompts), width, dtype=torch.long),
-        torch.zeros(len(prompts), width, dtype=torch.long),
-    )
+    tokens, mask = (torch.zeros(len(prompts), width, dtype=torch.long) for _ in range(2))
     for row, prompt in enumerate(prompts):
-        tokens[row, width - len(prompt) :] = prompt
-        mask[row, width - len(prompt) :] = 1
+        here = slice(width - len(prompt), width) if side == "left" else slice(0, len(prompt))
+        tokens[row, here], mask[row, here] = prompt, 1
     return tokens, mask
 
 
@@ -47,21 +44,26 @@ def test_chunked_prefill_equals_one_pass(model, chunk):
     assert cache.get_seq_length() == 130
 
 
-@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 7}, {"use_cache": False}, {"num_beams": 3}])
-def test_left_padded_batch_generates_what_each_prompt_does_alone(model, options):
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 70}, {"use_cache": False}, {"num_beams": 3}])
+def test_a_padded_batch_generates_what_each_prompt_does_alone(model, side, options):
     prompts = [random_tokens(length, seed=length) for length in LENGTHS]
-    together = greedy(model, *left_padded(prompts), **options)
+    together = greedy(model, *padded(prompts, side), **options)
     for row, prompt in enumerate(prompts):
         alone = greedy(model, prompt[None], torch.ones(1, len(prompt), dtype=torch.long), **options)
         assert torch.equal(together[row, -12:], alone[0, -12:]), f"prompt of {len(prompt)} tokens"
 
 
+def test_left_padded_prompts_in_short_chunks(model):
+    """Whole chunks of the short rows are padding."""
+    prompts = [random_tokens(length, seed=length) for length in LENGTHS]
+    assert torch.equal(greedy(model, *padded(prompts), prefill_chunk_size=7), greedy(model, *padded(prompts)))
+
+
 def test_right_padded_prompts_continue_as_if_alone(model):
     """Prefill with padding on the right, then feed each row its own next tokens."""
     prompts = [random_tokens(length, seed=length) for length in (5, 11)]
-    tokens, mask = torch.zeros(2, 11, dtype=torch.long), torch.zeros(2, 11, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)], mask[row, : len(prompt)] = prompt, 1
+    tokens, mask = padded(prompts, "right")
     after = random_tokens(2, 8, seed=3)
     with torch.no_grad():
         cache = model(tokens, attention_mask=mask, use_cache=True).past_key_values
@@ -75,7 +77,7 @@ def test_right_padded_prompts_continue_as_if_alone(model):
 
 def test_padding_is_remembered_when_the_mask_is_left_out_of_decoding(model):
     prompts = [random_tokens(length, seed=length) for length in (2, 9)]
-    tokens, mask = left_padded(prompts)
+    tokens, mask = padded(prompts)
     token = random_tokens(2, 1, seed=5)
     with torch.no_grad():
         cache = model(tokens, attention_mask=mask, use_cache=True).past_key_values
@@ -98,7 +100,7 @@ def test_cache_does_not_change_beams_or_samples(model, options):
     outputs = []
     for use_cache in (True, False):
         torch.manual_seed(0)
-        outputs.append(greedy(model, *left_padded(prompts), use_cache=use_cache, **options))
+        outputs.append(greedy(model, *padded(prompts), use_cache=use_cache, **options))
     assert torch.equal(*outputs)
 
 

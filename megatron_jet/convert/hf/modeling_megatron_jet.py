@@ -23,6 +23,9 @@ from .token_layout import TokenLayout
 
 logger = logging.get_logger(__name__)
 
+# Deviation of the taps that a fresh kernel generator gives (its bias), whatever the config's initializer_range.
+STATIC_TAP_STD = 0.02
+
 MIXERS = {
     "attn": Attention,
     "swa": Attention,
@@ -84,12 +87,15 @@ class HybridPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal weights and zero biases but for JetBlock's generator, decay and norms (values already loaded stay)."""
-        std = self.config.initializer_range
+        """Normal weights and zero biases but for norms, decay and JetBlock's generator; values already loaded stay.
+
+        The generator starts as the published block does: both weights zero, so a static convolution. Note that
+        neither weight gets a gradient from there; training from scratch has to draw one of them.
+        """
         if isinstance(module, GeneratorLinear):
             init.zeros_(module.weight)
             if module.bias is not None:
-                init.normal_(module.bias, 0.0, std)
+                init.normal_(module.bias, 0.0, STATIC_TAP_STD)
         elif isinstance(module, DeltaRuleMixer):
             module.init_decay()
         else:
@@ -131,6 +137,10 @@ class HybridModel(HybridPreTrainedModel):
             output_hidden_states: also return the input of each layer and the final norm's output.
             output_attentions: not supported.
 
+        Returns:
+            The final norm's output; at padding it repeats that of the last real token before it, so that the last
+            column is the one to continue from whichever side the padding is on.
+
         Raises:
             ValueError: inputs that do not fit together, or another kind of cache.
         """
@@ -155,7 +165,7 @@ class HybridModel(HybridPreTrainedModel):
             hidden = layer(hidden, layout, rotary, None if cache is None else cache.layers[index])
         if cache is not None:
             cache.advance(layout)
-        hidden = self.norm(hidden)
+        hidden = layout.repeat_last_real(self.norm(hidden))
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
@@ -233,6 +243,10 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+    def _prepare_position_ids_for_generation(self, *args, **kwargs) -> None:
+        """The model counts by itself, past padding on either side; `generate` would count padding on the right."""
+        return
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
         """`generate` gets this model's own cache."""

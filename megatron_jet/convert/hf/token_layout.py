@@ -185,6 +185,21 @@ class TokenLayout:
         flat = x.new_zeros(self.batch * self.length, x.shape[-1]).index_copy(0, self.sequences.indices, x[0])
         return flat.view(self.batch, self.length, -1)
 
+    def repeat_last_real(self, x: torch.Tensor) -> torch.Tensor:
+        """Gives padding the value of the last real token before it in its row, where there is one in this pass."""
+        if self.valid is None:
+            return x
+        rows = torch.arange(self.batch, device=x.device)[:, None]
+        latest, has_one = self._latest_real()
+        own = torch.arange(self.length, device=x.device)
+        return x[rows, torch.where(has_one, latest, own)]
+
+    def _latest_real(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Column of the last real token up to each token [B, T], and whether there is one."""
+        columns = torch.arange(self.length, device=self.valid.device).expand_as(self.valid)
+        latest = columns.masked_fill(~self.valid, -1).cummax(1).values
+        return latest.clamp(min=0), latest >= 0
+
     def _find_documents(self, positions: torch.Tensor) -> torch.Tensor | None:
         """Count of the first token of each token's document, from where position ids break off."""
         counts = self.counts()
@@ -193,9 +208,8 @@ class TokenLayout:
             before = offset
             has_before = torch.ones_like(offset, dtype=torch.bool)
         else:
-            columns = torch.arange(self.length, device=offset.device).expand_as(offset)
-            latest = columns.masked_fill(~self.valid, -1).cummax(1).values  # the last real token up to here
-            before, has_before = offset.gather(1, latest.clamp(min=0)), latest >= 0
+            latest, has_before = self._latest_real()
+            before = offset.gather(1, latest)
         breaks = torch.zeros_like(has_before)
         breaks[:, 1:] = has_before[:, :-1] & (offset[:, 1:] != before[:, :-1])
         if self.valid is not None:
