@@ -4,6 +4,7 @@ Conversion and student initialisation work on whole tensors and need no model, n
 written here loads at any tensor- and pipeline-parallel layout, as a checkpoint saved by Megatron does.
 """
 
+import io
 import os
 import shutil
 import tempfile
@@ -25,6 +26,7 @@ from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import write_json
 
 COMPLETE_MARK = "metadata.json"  # Megatron's own; written last, so that a directory without it is unfinished
+COMMON_STATE = "common_state/shard_0_1"  # Megatron's place for everything that is not a tensor: nothing here
 # Below this size one file holds everything; above, one file per tensor: the writer keeps a file's tensors alive.
 SINGLE_FILE_BYTES = 1 << 30
 
@@ -112,8 +114,10 @@ class _LazyPlanner(DefaultSavePlanner):
         super().__init__(flatten_state_dict=False)
         self._tensors = tensors
 
-    def resolve_data(self, write_item: WriteItem) -> Tensor:
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         key = write_item.index.fqn
+        if key == COMMON_STATE:
+            return _serialized([{}])
         lazy = self._tensors[key]
         tensor = lazy.make().detach().to("cpu", lazy.dtype).contiguous()
         if tuple(tensor.shape) != lazy.shape:
@@ -139,13 +143,13 @@ def write_checkpoint(
     with replaced_directory(path) as temporary:
         single = sum(t.bytes for t in lazy.values()) <= SINGLE_FILE_BYTES
         writer = FileSystemWriter(temporary, single_file_per_rank=single, thread_count=1)
-        plan = {key: torch.empty(t.shape, dtype=t.dtype, device="meta") for key, t in lazy.items()}
+        plan: dict = {key: torch.empty(t.shape, dtype=t.dtype, device="meta") for key, t in lazy.items()}
+        plan[COMMON_STATE] = _serialized([{}])
         try:
             with _without_process_group():
                 dcp.save(plan, storage_writer=writer, planner=_LazyPlanner(lazy), no_dist=True)
         except dcp.api.CheckpointException as error:
             raise next(iter(error.failures.values()))[0] from None  # what went wrong, without the writer's wrapping
-        torch.save({}, temporary / "common.pt")
         if model_config is not None:
             write_json(temporary / "model_config.json", model_config)
         if add_files is not None:
@@ -185,6 +189,13 @@ def replaced_directory(path: str | Path) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
         raise
+
+
+def _serialized(value: list) -> io.BytesIO:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    buffer.seek(0)
+    return buffer
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,13 +1,15 @@
 """prepare: the teacher as a Megatron checkpoint, the data as shards. Everything later reads these two."""
 
+import platform
 from pathlib import Path
 from typing import Any
 
 from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.files import hash_file, hash_json, read_json
+from megatron_jet.configs.files import hash_file, hash_json
 from megatron_jet.configs.results import Measured, PrepareResult
 from megatron_jet.configs.teacher_source import resolve_teacher
 from megatron_jet.convert.hf_import import import_hf
+from megatron_jet.data.index import read_index
 from megatron_jet.data.prepare import prepare_bundled
 from megatron_jet.postnas.processes import on_main
 from megatron_jet.postnas.stage import StageContext
@@ -26,7 +28,8 @@ class PrepareStage:
         return {
             "teacher": hash_directory(resolve_teacher(ctx.config.teacher)),
             "tokenizer": tokenizer_hash(tokenizer_directory(ctx)),
-            "data": data if data == BUNDLED_DATA else data_index_hash(Path(data)),
+            # The bundled data holds the standard library of whatever Python runs this.
+            "data": [data, platform.python_version()] if data == BUNDLED_DATA else data_index_hash(Path(data)),
         }
 
     def run(self, ctx: StageContext, inputs_hash: str) -> PrepareResult:
@@ -38,7 +41,6 @@ class PrepareStage:
         ctx.status.phase("importing the teacher")
         model = import_hf(source, checkpoint, force=True)
         data = self._data(ctx)
-        index = read_json(data / "index.json")
         return PrepareResult(
             stage=self.name,
             inputs_hash=inputs_hash,
@@ -49,7 +51,7 @@ class PrepareStage:
             tokenizer_path=ctx.config.teacher.tokenizer or ctx.config.teacher.path,
             teacher_hash=hash_directory(source),
             data_index_hash=data_index_hash(data),
-            sources=sorted({source for split in index["splits"].values() for source in split["sources"]}),
+            sources=sorted(read_index(data).sources),
             measured=Measured(seconds=ctx.status.seconds),
         )
 

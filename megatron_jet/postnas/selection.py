@@ -25,7 +25,7 @@ from megatron_jet.postnas.jobs import Start, remove_checkpoints, train_student
 from megatron_jet.postnas.processes import on_main
 from megatron_jet.postnas.ranking import Ranking, rank_by_accuracy, rank_within_throughput
 from megatron_jet.postnas.scoring import score_checkpoint
-from megatron_jet.postnas.stage import StageContext, clear_directory, common_inputs, persisted
+from megatron_jet.postnas.stage import StageContext, clear_directory, common_inputs, persisted, read_model
 
 SELECTION_STAGES = ("block_selection", "new_block", "hardware_search")
 STATIC = "_static"  # suffix of a mixer's ablation with a static convolution
@@ -128,7 +128,7 @@ class SelectionStage:
         """An equal candidate of an earlier stage: same mixer, training, data and evaluation give the same result."""
         for stage in self.previous:
             for path in sorted(ctx.stage_dir(stage).glob("jobs/*/result.json")):
-                found = CandidateResult.parse(read_json(path), str(path))
+                found = read_model(path, CandidateResult)
                 if found.recipe_hash == recipe and found.reused_from is None:
                     return found.replace(name=candidate.name, reused_from=stage)
         return None

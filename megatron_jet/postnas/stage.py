@@ -125,13 +125,19 @@ def persisted[M: StrictModel](path: Path, kind: type[M], compute: Callable[[], M
         kind: what the file holds.
         compute: the work, run on all ranks; its value must be equal on all ranks.
     """
-    stored = on_main(lambda: read_json(path) if path.is_file() else None)
+    stored = on_main(lambda: read_model(path, kind) if path.is_file() else None)
     if stored is not None:
-        stored.pop("schema_version", None)
-        return kind.parse(stored, str(path))
+        return stored
     value = compute()
     on_main(lambda: write_json(path, value.to_dict()))
     return value
+
+
+def read_model[M: StrictModel](path: Path, kind: type[M]) -> M:
+    """What `persisted` wrote."""
+    stored = read_json(path)
+    stored.pop("schema_version", None)
+    return kind.parse(stored, str(path))
 
 
 def clear_directory(directory: Path, keep: tuple[str, ...] = ()) -> None:

@@ -1,6 +1,7 @@
 """Process groups and seeds of one layout. Can be set up and taken down many times in one process."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -77,10 +78,12 @@ def parallel_session(parallel: ParallelConfig, seed: int) -> Iterator[None]:
     store cannot serve two worlds of one process after each other.
     """
     own_world = not dist.is_initialized()
+    excepthook = sys.excepthook  # init_process_group wraps it anew each time, to print "[rank0]:" before every line
     init_parallel(parallel, seed)
     try:
         yield
     finally:
+        sys.excepthook = excepthook
         if own_world:
             destroy_parallel()
         else:
