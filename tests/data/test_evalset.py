@@ -1,0 +1,75 @@
+"""Scores: what accuracy and loss mean, by hand; pieces and merges give the same result."""
+
+import math
+
+import pytest
+import torch
+
+from megatron_jet.data.index import read_index
+from megatron_jet.data.shards import read_shard
+from megatron_jet.tasks.evalset import EvalSet, Scorer, load_eval_sets
+
+
+def evalset(metric, choices=None):
+    tokens = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    labels = torch.tensor([[-100, 3, 0], [5, -100, -100]])
+    return EvalSet("set", metric, tokens, labels, choices)
+
+
+def logits_for(predictions, others=()):
+    """Logit 2 at the prediction, 1 at `others`, 0 elsewhere, over 8 tokens."""
+    logits = torch.zeros(2, 3, 8)
+    for row, line in enumerate(predictions):
+        for place, token in enumerate(line):
+            logits[row, place, list(others)] = 1.0
+            logits[row, place, token] = 2.0
+    return logits
+
+
+def test_exact_accuracy_and_loss_by_hand():
+    scorer = Scorer(evalset("exact"))
+    scorer.update(slice(0, 2), logits_for([[0, 3, 1], [5, 0, 0]]))  # right, wrong, right at the scored places
+    result = scorer.result()
+    assert result["accuracy"] == pytest.approx(2 / 3)
+    normaliser = math.log(math.exp(2) + 7)
+    assert result["loss"] == pytest.approx((2 * (normaliser - 2) + normaliser) / 3, abs=1e-6)
+
+
+def test_choice_looks_only_at_the_choices():
+    scorer = Scorer(evalset("choice", [0, 3, 5]))
+    # Token 7 has the greatest logit everywhere, and is no choice.
+    logits = logits_for([[7, 7, 7], [7, 7, 7]])
+    logits[0, 1, 3] = logits[0, 2, 3] = logits[1, 0, 5] = 1.0
+    scorer.update(slice(0, 2), logits)
+    assert scorer.result()["accuracy"] == pytest.approx(2 / 3)
+
+
+def test_loss_sets_have_no_accuracy():
+    scorer = Scorer(evalset("loss"))
+    scorer.update(slice(0, 2), torch.zeros(2, 3, 8))
+    assert scorer.result() == {"loss": pytest.approx(math.log(8))}
+
+
+def test_pieces_merge_to_the_whole():
+    logits = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    whole, first, second = (Scorer(evalset("exact")) for _ in range(3))
+    whole.update(slice(0, 2), logits)
+    first.update(slice(0, 1), logits[:1])
+    second.update(slice(1, 2), logits[1:])
+    first.merge(second.sums())
+    assert first.result() == pytest.approx(whole.result(), abs=1e-12)
+
+
+def test_eval_sets_hold_the_split_in_order(prepared):
+    sets = {item.name: item for item in load_eval_sets(prepared, "heldout")}
+    assert set(sets) >= {"text", "recall", "choice", "copy"}
+    index = read_index(prepared)
+    shard = next(shard for shard in index.splits["heldout"].shards if shard.source == "recall")
+    samples = read_shard(prepared, shard)
+    recall = sets["recall"]
+    for row, sample in zip(recall.tokens, samples):
+        assert row[: len(sample.tokens)].tolist() == sample.tokens[: len(row)].tolist()
+    scored = recall.labels[0] != -100
+    assert scored.sum() == samples[0].mask.sum()
+    assert sets["choice"].choices == [264, 265, 266, 267]
+    assert sets["text"].metric == "loss"

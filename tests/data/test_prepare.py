@@ -1,0 +1,125 @@
+"""Preparation: nothing in two splits, same bytes for the same input, bad input named in one line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.files import hash_file
+from megatron_jet.data import prepare as prepare_module
+from megatron_jet.data.index import SPLITS, read_index
+from megatron_jet.data.prepare import Request, prepare
+from megatron_jet.data.shards import ShardWriter, read_shard
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_splits_share_no_document_and_no_task_sample(prepared):
+    index = read_index(prepared)
+    seen: dict[bytes, str] = {}
+    for split in SPLITS:
+        for shard in index.splits[split].shards:
+            for sample in read_shard(prepared, shard):
+                key = sample.tokens.tobytes()
+                assert seen.setdefault(key, split) == split
+    assert {shard.source for shard in index.splits["train"].shards} == {"text", "qa", "recall", "choice", "copy"}
+
+
+def test_same_input_gives_the_same_bytes(prepared, corpus, byte_tokenizer, tmp_path):
+    request = Request((str(corpus),), byte_tokenizer, 96, {"train": 20000, "search": 20000, "heldout": 20000},
+                      ("recall", "choice", "copy"), {"train": 30, "search": 8, "heldout": 8})  # fmt: skip
+    prepare(request, tmp_path / "again")
+    assert hash_file(tmp_path / "again" / "index.json") == hash_file(prepared / "index.json")
+
+
+def test_only_the_answer_of_a_question_counts(prepared, byte_tokenizer):
+    index = read_index(prepared)
+    encode = prepare_module.Encoder(byte_tokenizer).tokenizer
+    shard = next(shard for shard in index.splits["train"].shards if shard.source == "qa")
+    for sample in read_shard(prepared, shard):
+        prompt = encode.decode(sample.tokens[sample.mask == 0].tolist())
+        answer = sample.tokens[sample.mask == 1]
+        assert answer[-1] == index.end_of_text
+        number = int(prompt.removeprefix("what is ").split(" ")[0])
+        assert encode.decode(answer[:-1].tolist()) == str(number + 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("bad.jsonl", b'{"text": "a"}\n{"text": \n', "bad.jsonl: line 2 is not JSON"),
+        ("keys.jsonl", b'{"txt": "a"}\n', "keys.jsonl: line 1 has neither 'text' nor 'prompt'"),
+        ("bad.parquet", b"PAR1 no", "bad.parquet: not a readable parquet file"),
+        ("bad.txt", b"\xff\xfe\x00", "bad.txt: cannot be read as UTF-8"),
+        ("data.bin", b"x", "data.bin: unknown kind of file"),
+        ("empty.txt", b"  \n", "nothing to prepare"),
+    ],
+)
+def test_bad_input_is_named_and_leaves_nothing(name, content, message, byte_tokenizer, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        prepare(Request((str(tmp_path / name),), byte_tokenizer), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_missing_input_tokenizer_and_existing_output(byte_tokenizer, tmp_path):
+    with pytest.raises(UserError, match="gone.txt: no such file"):
+        prepare(Request((str(tmp_path / "gone.txt"),), byte_tokenizer), tmp_path / "out")
+    with pytest.raises(UserError, match="no tokenizer.json"):
+        prepare(Request((), tmp_path), tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match="give --force"):
+        prepare(Request((), byte_tokenizer), tmp_path / "out")
+
+
+def test_full_disk_leaves_the_old_directory(corpus, byte_tokenizer, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    prepare(Request((str(corpus / "file01.txt"),), byte_tokenizer), out)
+    before = hash_file(out / "index.json")
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ShardWriter, "add", full)
+    with pytest.raises(UserError, match="cannot be written .No space left on device"):
+        prepare(Request((str(corpus),), byte_tokenizer), out, force=True)
+    assert hash_file(out / "index.json") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_parquet_rows_are_documents(byte_tokenizer, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"text": [f"row {n}" for n in range(50)]})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    index = prepare(Request((str(tmp_path / "rows.parquet"),), byte_tokenizer), tmp_path / "out")
+    assert sum(shard.samples for split in index.splits.values() for shard in split.shards) == 50
+
+
+def test_command_line(corpus, byte_tokenizer, tmp_path):
+    script = [sys.executable, str(ROOT / "tools" / "prepare_data.py")]
+    out = tmp_path / "out"
+    arguments = [str(corpus / "file03.txt"), str(out), "--tokenizer", str(byte_tokenizer), "--json"]
+    done = subprocess.run(script + arguments, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["vocab_size"] == 512
+    again = subprocess.run(script + arguments, capture_output=True, text=True)
+    assert again.returncode == 1
+    assert again.stderr.splitlines()[-1] == f"error: {out} exists; remove it or give --force"
+
+
+def test_synthetic_samples_differ_between_splits(prepared):
+    index = read_index(prepared)
+    recall = [
+        np.concatenate([sample.tokens for sample in read_shard(prepared, shard)])[:64]
+        for split in SPLITS
+        for shard in index.splits[split].shards
+        if shard.source == "recall"
+    ]
+    assert not np.array_equal(recall[0], recall[1])
+    assert not np.array_equal(recall[1], recall[2])
