@@ -1,0 +1,151 @@
+"""Findings about blocks, sizes and the final model (paper, sections 2.3 to 2.5 and 3)."""
+
+from typing import Any
+
+from megatron_jet.evaluation.report.finding import (
+    SHOWS,
+    SHOWS_NOT,
+    Finding,
+    Report,
+    finding,
+    judge,
+    mean_accuracy,
+    percent,
+    resolution,
+    standard_error,
+)
+
+NEAR = 0.06  # spread of throughputs that counts as equal: twice the tie of the hardware search
+
+
+def _accuracies(selection: dict[str, Any] | None) -> dict[str, float]:
+    """Mean accuracy by candidate."""
+    if selection is None:
+        return {}
+    return {candidate["name"]: mean_accuracy(candidate["scores"]) for candidate in selection["candidates"]}
+
+
+def _error(report: Report, stage: str, first: float, second: float) -> float:
+    """Of the difference of two mean accuracies; every task has its own sequences."""
+    tasks = len(report[stage]["candidates"][0]["scores"]["accuracy"])
+    return standard_error(first, second, report["samples"][stage] * tasks)
+
+
+def known_blocks(report: Report) -> Finding | None:
+    """Block selection among the blocks that existed before."""
+    known = {name: value for name, value in _accuracies(report["block_selection"]).items() if name != "jet"}
+    if "gated_delta_net" not in known or len(known) < 2:
+        return None
+    ours = known.pop("gated_delta_net")
+    rival = max(known, key=known.__getitem__)
+    error = _error(report, "block_selection", ours, known[rival])
+    return finding(
+        "block selection",
+        "Of the known linear blocks, Gated DeltaNet is the most accurate after equal training.",
+        f"Mean accuracy {percent(ours)}; the best other known block, {rival}, {percent(known[rival])} (search split).",
+        judge(ours - known[rival], error),
+        f"Blocks that start closer to the teacher lead while training is short. {resolution(error)}",
+    )
+
+
+def _versus(report: Report, name: str, paper: str, other: str, other_text: str, why_not: str) -> Finding | None:
+    """JetBlock against another candidate that was trained alike."""
+    stage = "new_block" if report["new_block"] is not None else "block_selection"
+    scores = _accuracies(report[stage])
+    if "jet" not in scores or other not in scores:
+        return None
+    jet, rival = scores["jet"], scores[other]
+    error = _error(report, stage, jet, rival)
+    here = f"Mean accuracy {percent(jet)} for JetBlock, {percent(rival)} {other_text} (search split)."
+    return finding(name, paper, here, judge(jet - rival, error), f"{why_not} {resolution(error)}")
+
+
+def new_block(report: Report) -> Finding | None:
+    """JetBlock against the winner before it."""
+    paper = "JetBlock is more accurate than Gated DeltaNet at about the same cost."
+    why_not = "The dynamic kernel starts as a static one and needs tokens to become useful."
+    return _versus(report, "JetBlock", paper, "gated_delta_net", "for Gated DeltaNet", why_not)
+
+
+def dynamic_kernel(report: Report) -> Finding | None:
+    """JetBlock against itself with the kernel generator switched off."""
+    paper = "What JetBlock adds is the kernel that depends on the token."
+    why_not = "The generator starts at zero, so that both begin as the same static convolution."
+    return _versus(report, "dynamic convolution", paper, "jet_static", "with a static kernel", why_not)
+
+
+def equal_cache(report: Report) -> Finding | None:
+    """Hardware-aware search, accuracy side (paper, table 2)."""
+    search = report["hardware_search"]
+    if search is None or len(search["candidates"]) < 2:
+        return None
+    scores = _accuracies(search)
+    by_size = sorted(search["candidates"], key=lambda candidate: (candidate["params"], candidate["name"]))
+    small, large = by_size[0]["name"], by_size[-1]["name"]
+    error = _error(report, "hardware_search", scores[small], scores[large])
+    return finding(
+        "sizes at equal cache",
+        "At constant cache size more parameters give more accuracy (table 2).",
+        f"Mean accuracy {percent(min(scores.values()))} to {percent(max(scores.values()))} over {len(scores)} sizes "
+        f"with the same state. Fewest parameters ({small}): {percent(scores[small])}; most ({large}): "
+        f"{percent(scores[large])}; chosen: {search['winner']} (search split).",
+        judge(scores[large] - scores[small], error),
+        f"Sizes unlike the teacher's heads start from fewer copied weights, which short training does not make up for. "
+        f"{resolution(error)}",
+    )
+
+
+def accuracy_kept(report: Report) -> Finding | None:
+    """The final model against the teacher, held out."""
+    comparison = report["comparison"]
+    if comparison is None or not comparison["accuracy"]:
+        return None
+    pairs = comparison["accuracy"]
+    teacher, final = (sum(pair[side] for pair in pairs.values()) / len(pairs) for side in ("teacher", "final"))
+    error = standard_error(final, teacher, report["samples"]["evaluate"] * len(pairs))
+    tasks = ", ".join(f"{task} {percent(p['teacher'])} to {percent(p['final'])}" for task, p in pairs.items())
+    return finding(
+        "accuracy kept",
+        "The hybrid keeps the teacher's accuracy.",
+        f"Held-out mean accuracy {percent(teacher)} for the teacher, {percent(final)} for the hybrid ({tasks}).",
+        SHOWS if final - teacher > -2 * error else SHOWS_NOT,
+        "The paper trains on 400 billion tokens after the search; this run says how many it had under Cost.",
+    )
+
+
+def faster_with_context(report: Report) -> Finding | None:
+    """Generation speed against the teacher, as measured on this device."""
+    comparison = report["comparison"]
+    speeds = comparison and comparison["measured"]["generation_tokens_per_second"]
+    if not speeds:
+        return None
+    contexts = sorted(speeds, key=int)
+    first, last = (speeds[context]["ratio"] for context in (contexts[0], contexts[-1]))
+    here = f"On this device {first:.2f} times the teacher's speed at {int(contexts[0]):,} tokens of context"
+    here += f", {last:.2f} times at {int(contexts[-1]):,}." if len(contexts) > 1 else "."
+    grows = last > first or len(contexts) == 1
+    return finding(
+        "generation speed",
+        "Generation is faster than the teacher's, and the more so the longer the context.",
+        here,
+        SHOWS if last > 1 and grows else SHOWS_NOT,
+        "At short contexts and small sizes the cost per step is overhead, not cache traffic.",
+    )
+
+
+def equal_speed(report: Report) -> Finding | None:
+    """Hardware-aware search, speed side (paper, table 2)."""
+    search = report["hardware_search"]
+    if search is None or search["throughput_mode"] != "measured" or len(search["candidates"]) < 2:
+        return None
+    context = search["context"]
+    speeds = [candidate["measured"]["generation_tokens_per_second"][context] for candidate in search["candidates"]]
+    spread = max(speeds) / min(speeds) - 1
+    return finding(
+        "speed at equal cache",
+        "At constant cache size generation speed hardly depends on widths and heads (table 2).",
+        f"At {int(context):,} tokens of context the fastest of {len(speeds)} sizes generates {spread:.1%} faster than "
+        "the slowest.",
+        SHOWS if spread <= NEAR else SHOWS_NOT,
+        "On a small model the projections, which do depend on the sizes, weigh more than the state.",
+    )
