@@ -22,18 +22,24 @@ def initialize(chunks: list[nn.Module], model: ModelConfig, seed: int, choices: 
     In a supernet every path is drawn as if it were the layer plan's, so its start does not depend on the other paths.
     """
     held = local_keys(chunks)
+    filled: set[str] = set()
     for layer in range(model.num_layers):
         if any(key.startswith(f"decoder.layers.{layer}.") for key in held):
             paths = [None] if choices is None else dict.fromkeys(weight_path(name) for name in choices[layer])
             for path in paths:
-                load_tensors(chunks, random_layer(model, layer, seed, path), strict=False)
+                tensors = random_layer(model, layer, seed, path)
+                load_tensors(chunks, tensors, strict=False)
+                filled |= set(tensors)
     generator = torch.Generator().manual_seed(seed)
     for row in param_table(model):
         if not row.key.startswith("decoder.layers."):
             shape = row.global_shape
             full = torch.ones(shape) if len(shape) == 1 else draw(shape, model.initializer_range, generator)
+            filled.add(row.key)
             if row.key in held:
                 load_tensors(chunks, {row.key: full}, strict=False)
+    if held - filled:
+        raise RuntimeError(f"no rule for the initial value of {sorted(held - filled)}")
 
 
 def random_layer(model: ModelConfig, layer: int, seed: int, path: str | None = None) -> dict[str, Tensor]:

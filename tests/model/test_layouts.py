@@ -7,6 +7,7 @@ from layout_runs import relative_error, train_step
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.training import ParallelConfig
 from megatron_jet.model.builder import build_model
+from megatron_jet.model.param_table import param_table
 from megatron_jet.model.state import gather_tensors
 from megatron_jet.training.checkpoint import load_model, save_model
 from mixers.mixer_cases import KINDS, model_with, model_with_every_mixer
@@ -82,6 +83,9 @@ def test_checkpoints_reshard_bit_exactly(pool, tmp_path, untied):
     first = LAYOUTS["tp2_pp2"]
     saved = pool.run(save_and_gather, model, first, path, init_seed=7, layout=first)[0]
     plain = pool.run(save_and_gather, model, ParallelConfig(), str(tmp_path / "plain"), init_seed=7, world_size=1)[0]
+    assert {key: tuple(tensor.shape) for key, tensor in saved.items()} == {
+        row.key: row.global_shape for row in param_table(model)
+    }
     others = [plain]
     for layout in (ParallelConfig(), LAYOUTS["tp2_sp"], ParallelConfig(pipeline=2, virtual_pipeline=3)):
         others.append(pool.run(load_and_gather, model, layout, path, layout=layout)[0])
