@@ -1,5 +1,6 @@
 """Small agreements between all ranks."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,23 @@ def from_rank_0(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_rank_0(action: Callable[[], None]) -> None:
+    """Do something on rank 0 alone. When it fails, all ranks raise, so that none waits for the others for ever.
+
+    Raises:
+        OSError: on all ranks, what rank 0 met.
+    """
+    problem = None
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except OSError as error:
+            problem = error.strerror or str(error)
+    problem = from_rank_0(problem)
+    if problem is not None:
+        raise OSError(problem)
 
 
 def all_ranks(value: Any) -> list:

@@ -70,7 +70,7 @@ class TrainJob:
     def config_hash(self) -> str:
         """Of everything that decides the result; not of paths, nor of the layout, which a resumed run may change."""
         training = self.training.to_dict()
-        for key in ("checkpoint_interval", "log_interval", "distributed_optimizer", "recompute"):
+        for key in ("checkpoint_interval", "log_interval", "recompute"):
             training.pop(key)
         return hash_json(
             {

@@ -9,6 +9,8 @@ from typing import Any, TextIO
 
 import torch
 
+from megatron_jet.configs.errors import UserError
+
 TENSORBOARD_KEYS = (
     "loss",
     "feature",
@@ -40,8 +42,11 @@ class MetricsLog:
     def write(self, row: dict[str, Any]) -> None:
         """Append one row; non-finite numbers become null, which every JSON reader accepts."""
         clean = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
-        self._file.write(json.dumps(clean) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(clean) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from None
         if self._events is not None:
             for key in TENSORBOARD_KEYS:
                 if clean.get(key) is not None:

@@ -63,6 +63,8 @@ class TrainingProgress:
             print(f"{self.name}: {text}", file=sys.stderr, flush=True)
 
     def _left(self, now: float) -> str:
+        if self.done >= self.total_steps:
+            return "done"
         per_step = (now - self._started) / max(1, self.done - self.first)
         seconds = int(per_step * (self.total_steps - self.done))
-        return f"{seconds // 60}:{seconds % 60:02d} left" if seconds else "done"
+        return f"{seconds // 60}:{seconds % 60:02d} left"

@@ -19,7 +19,7 @@ MODEL_INPUTS = ("tokens", "labels", "loss_mask")
 def take_batches(loader: Iterator[Batch], count: int) -> list[Batch]:
     """The micro-batches of one step, on the device. Every rank of a model replica reads the same ones."""
     device = torch.cuda.current_device()
-    return [{key: batch[key].to(device) for key in MODEL_INPUTS} for batch in islice(loader, count)]
+    return [{key: batch[key].to(device, non_blocking=True) for key in MODEL_INPUTS} for batch in islice(loader, count)]
 
 
 def normalizer(batches: list[Batch]) -> Normalizer:

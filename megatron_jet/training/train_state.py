@@ -27,7 +27,7 @@ from megatron_jet.configs.files import read_json, write_json
 from megatron_jet.configs.training import TrainingConfig
 from megatron_jet.model.state import CHECKPOINT_METADATA, sharded_state
 from megatron_jet.training.checkpoint import load_model, load_sharded, root_cause, save_model, save_sharded
-from megatron_jet.training.collectives import all_ranks, from_rank_0
+from megatron_jet.training.collectives import all_ranks, from_rank_0, on_rank_0
 from megatron_jet.training.freezing import named_parameters
 from megatron_jet.training.optimizer import Optimizer
 
@@ -104,14 +104,15 @@ class CheckpointFolder:
         temporary = self.path / f".{final.name}.partial"
 
         def write() -> None:
-            save_model(chunks, temporary / "model")
-            (temporary / "state").mkdir(exist_ok=True)
-            dist.barrier()
+            save_model(chunks, temporary / "model", self.model_config)
             save_sharded(_state_to_save(chunks, optimizer, progress, data_state), temporary / "state")
 
-        self._prepare(temporary)
-        self._collective(write, final, temporary)
-        self._collective(lambda: self._finish(temporary, final, progress.step), final, temporary)
+        for action in (
+            lambda: on_rank_0(lambda: _clear(temporary)),
+            write,
+            lambda: on_rank_0(lambda: self._finish(temporary, final, progress.step)),
+        ):
+            self._attempt(action, final, temporary)
         return final
 
     def save_best(self, chunks: list[nn.Module], step: int) -> Path:
@@ -140,7 +141,10 @@ class CheckpointFolder:
         return progress, data_states
 
     def prune(self, best_step: int | None) -> None:
-        """Keep the last checkpoints and the best weights. Rank 0 only."""
+        """Keep the last checkpoints and the best weights."""
+        on_rank_0(lambda: self._prune(best_step))
+
+    def _prune(self, best_step: int | None) -> None:
         for old in self._steps()[:-KEEP_LAST]:
             shutil.rmtree(old)
         for best in self.path.glob("best-*"):
@@ -166,17 +170,11 @@ class CheckpointFolder:
             f"{self.path}: no usable checkpoint ({'; '.join(problems)}); delete it to start over" if problems else None
         )
 
-    def _prepare(self, temporary: Path) -> None:
-        if dist.get_rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            (temporary / "state").mkdir(parents=True)
-        dist.barrier()
-
-    def _collective(self, write: Callable[[], None], final: Path, temporary: Path) -> None:
-        """Run a step of saving on all ranks; when it fails on any, clean up and raise the same error on all."""
+    def _attempt(self, action: Callable[[], None], final: Path, temporary: Path) -> None:
+        """Run a part of saving on all ranks; when it fails on any, clean up and raise the same error on all."""
         problem = None
         try:
-            write()
+            action()
         except UserError as error:
             problem = str(error)
         except Exception as error:  # whatever went wrong, ranks must agree on it
@@ -192,8 +190,6 @@ class CheckpointFolder:
         raise UserError(f"checkpoint {final} could not be written: {problem}; {state}. Fix this and run again")
 
     def _finish(self, temporary: Path, final: Path, step: int) -> None:
-        if dist.get_rank() != 0:
-            return
         sizes = {str(f.relative_to(temporary)): f.stat().st_size for f in temporary.rglob("*") if f.is_file()}
         write_json(
             temporary / MARKER,
@@ -295,6 +291,12 @@ def _set_rng_state(state: dict) -> None:
 
 def _rng_object(state: dict | None) -> ShardedObject:
     return ShardedObject("rng", state, (dist.get_world_size(),), (dist.get_rank(),), replica_id=0)
+
+
+def _clear(temporary: Path) -> None:
+    """An empty folder to write to. What an earlier, killed save left there goes."""
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / "state").mkdir(parents=True)
 
 
 def _replace(temporary: Path, final: Path) -> None:

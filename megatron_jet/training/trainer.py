@@ -1,5 +1,6 @@
 """The trainer: one loop for distillation, supernets and plain training, at any layout."""
 
+import gc
 import math
 import time
 
@@ -13,7 +14,7 @@ from megatron_jet.model.builder import build_model
 from megatron_jet.model.paths import idle_parameters, set_paths
 from megatron_jet.model.transformer_config import DTYPES
 from megatron_jet.training.checkpoint import load_model
-from megatron_jet.training.collectives import any_rank, from_rank_0
+from megatron_jet.training.collectives import any_rank, from_rank_0, on_rank_0
 from megatron_jet.training.distill import DistillationModel, share_frozen_tensors
 from megatron_jet.training.freezing import freeze
 from megatron_jet.training.job import TrainJob, TrainResult
@@ -81,6 +82,11 @@ class Trainer:
 
     def __exit__(self, *exc) -> None:
         self.recorder.close()
+        if torch.cuda.is_available():
+            # Hooks tie the models into reference cycles; without this the next job starts with their memory taken.
+            del self.student, self.models, self.optimizer
+            gc.collect()
+            torch.cuda.empty_cache()
 
     def train_step(self, stop: StopRequest) -> bool:
         """Forward, backward and update on one global batch. Returns whether some rank was asked to stop."""
@@ -125,9 +131,7 @@ class Trainer:
         """Write a checkpoint and delete the old ones."""
         self.progress.seconds = self.seconds_before + time.monotonic() - self.started
         self.folder.save(self.student, self.optimizer, self.progress, self.loader.state_dict())
-        if self.is_main:
-            self.folder.prune(self.progress.best_step)
-        dist.barrier()
+        self.folder.prune(self.progress.best_step)
 
     def finish(self) -> TrainResult:
         """Save the end, unless it is saved already, and sum up."""
@@ -146,9 +150,7 @@ class Trainer:
             seconds=progress.seconds,
             tokens_per_second=progress.tokens / max(progress.step_seconds, 1e-9),
         )
-        if self.is_main:
-            result.save(job)
-        dist.barrier()
+        on_rank_0(lambda: result.save(job))
         return result
 
     def _build_student(self) -> list:
