@@ -15,7 +15,7 @@ help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 quickstart: install ## run all of PostNAS on this machine's CPU, from the bundled teacher, into runs/tiny
-	$(PY) launcher/postnas.py run tiny --output "$(OUTPUT)"
+	env -u OMP_NUM_THREADS $(PY) launcher/postnas.py run tiny --output "$(OUTPUT)"
 
 install: $(VENV)/.installed ## make .venv and install the project into it (seconds when nothing changed)
 
