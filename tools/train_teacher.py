@@ -22,17 +22,18 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path, metavar="OUT_DIR")
-    parser.add_argument("--minutes", type=float, default=50, metavar="N", help="training time (default 50)")
+    parser.add_argument("--minutes", type=float, default=50, metavar="N", help="processor time (default 50)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of weights and batches (default 0)")
     parser.add_argument("--resume", action="store_true", help="go on from OUT_DIR's last checkpoint")
     parser.add_argument("--publish", action="store_true", help="write model/ from the last checkpoint, train nothing")
+    parser.add_argument("--note", default="", metavar="TEXT", help="a remark on the run for the model's card")
     args = parser.parse_args(argv)
     if not args.minutes > 0:
         parser.error("--minutes must be above 0")
 
     import torch
 
-    from megatron_jet.teacher.publish import publish
+    from megatron_jet.teacher.publish import Origin, publish
     from megatron_jet.teacher.train import TeacherRun, load_teacher, train_teacher
 
     torch.set_num_threads(1)
@@ -42,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     else:
         model = train_teacher(run, resume=args.resume, log=lambda line: print(line, flush=True))
     command = f"python tools/train_teacher.py OUT_DIR --minutes {args.minutes:g} --seed {args.seed}"
-    scores = publish(model, args.out / "curve.jsonl", args.out / "model", seed=args.seed, command=command)
+    source = Origin(command, args.seed, args.note)
+    scores = publish(model, args.out / "curve.jsonl", args.out / "model", source)
     for name, loss in scores["heldout"]["loss"].items():
         accuracy = scores["heldout"]["accuracy"].get(name)
         print(f"held-out {name}: loss {loss:.3f}" + ("" if accuracy is None else f", accuracy {accuracy:.3f}"))

@@ -10,6 +10,9 @@ import numpy as np
 from megatron_jet.tasks import vocabulary as vocab
 
 FACT_SEED = 20260101
+NAME_LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz_0123456789", np.uint8).astype(np.int64)
+MIN_SPAN, MAX_SPAN = 16, 64  # tokens of a span that comes back
+SPAN_LEAD = 3  # tokens of its second copy that are not scored: they tell which span is coming back
 
 
 def fact_table() -> np.ndarray:
@@ -129,9 +132,27 @@ def alternating(rng: np.random.Generator, n: int, length: int, alphabet: np.ndar
     return tokens, mask
 
 
-NAME_LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz_0123456789", np.uint8).astype(np.int64)
-MIN_SPAN, MAX_SPAN = 16, 64  # tokens of a span that comes back
-SPAN_LEAD = 3  # tokens of its second copy that are not scored: they tell which span is coming back
+def repeated(rng: np.random.Generator, n: int, length: int, alphabet: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Different random tokens that come again and again in the same order, with a period drawn per sample.
+
+    The period lies between an eighth and a half of the length. Everything past the first period is an answer but for
+    a few tokens, as in `copy`. For training only: as no token comes twice in a period, one token back tells what
+    follows, and nearly every token teaches copying, where text with a repeated span has few such tokens.
+
+    Args:
+        rng: source of randomness.
+        n: number of samples.
+        length: tokens per sample.
+        alphabet: at least `length // 2` different tokens.
+
+    Returns:
+        tokens and mask, both `[n, length]`.
+    """
+    symbols = alphabet[distinct(rng, n, len(alphabet), length // 2)]  # [n, length // 2]
+    period = rng.integers(length // 8, length // 2 + 1, n)[:, None]  # [n, 1]
+    column = np.arange(length)[None]
+    tokens = np.take_along_axis(symbols, column % period, 1).astype(np.int64)
+    return tokens, (column >= period + SPAN_LEAD).astype(np.uint8)
 
 
 def copy(rng: np.random.Generator, text: np.ndarray, n: int, length: int) -> tuple[np.ndarray, np.ndarray]:

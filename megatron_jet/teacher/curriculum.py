@@ -16,6 +16,7 @@ from megatron_jet.tasks import vocabulary as vocab
 
 LENGTH = 256  # of text, and of all samples once the curriculum is through
 SYMBOLS = np.arange(vocab.KEYS, vocab.VOCAB_SIZE)
+CHARACTERS = np.arange(32, 127)
 FIRST_KEYS, FIRST_PAIRS, LAST_PAIRS = 16, 8, 48
 PAIRS_STEP = 4
 RECALL_ANSWERS = 768  # pairs and queries of a recall batch while pairs still grow
@@ -59,7 +60,7 @@ class Curriculum:
 
     @property
     def through(self) -> bool:
-        """Whether nothing is left to open: long samples and mostly text from here on."""
+        """Whether nothing is left to open: long samples, copying and mostly text from here on."""
         return self.pairs == LAST_PAIRS and min(self.accuracy.get(s, 0.0) for s in ("recall", "choice")) > 0.9
 
     def batches(self, rng: np.random.Generator, text: np.ndarray) -> list[Batch]:
@@ -74,20 +75,26 @@ class Curriculum:
             return [self._recall(rng), _task("alternating", 0.5, alternating)]
         through = self.through
         questions = LENGTH // synthetic.CHOICE_LENGTH if through else 10
-        choice = synthetic.choice(rng, 4 if through else 8, questions)
+        choice = synthetic.choice(rng, 2 if through else 8, questions)
         tokens, again = synthetic.copy(rng, text, 4, LENGTH)
         everything = np.ones(tokens.shape, bool)
-        prose = synthetic.windows(rng, text, 6 if through else 4, LENGTH)
-        return [
+        prose = synthetic.windows(rng, text, 8 if through else 4, LENGTH)
+        batches = [
             self._recall(rng),
             _task("choice", 1.0, choice),
             Batch("copy", 0.5, tokens, everything, again.astype(bool)),
             _task("text", 1.0, (prose, np.ones(prose.shape))),
         ]
+        if through:
+            # The symbols carry what recall has learned over to copying, the characters from there to text.
+            parts = [synthetic.repeated(rng, 3, LENGTH // 2, alphabet) for alphabet in (SYMBOLS, CHARACTERS)]
+            tokens, mask = (np.concatenate(part) for part in zip(*parts, strict=True))
+            batches.append(_task("repeated", 1.0, (tokens, mask)))
+        return batches
 
     def _recall(self, rng: np.random.Generator) -> Batch:
         if self.through:
-            pairs, rows = int(rng.integers(FIRST_PAIRS, self.pairs + 1)), 4
+            pairs, rows = int(rng.integers(FIRST_PAIRS, self.pairs + 1)), 3
             queries = (LENGTH - 2 - 2 * pairs) // 2
         else:
             pairs = self.pairs

@@ -3,6 +3,7 @@
 import json
 import platform
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.figure
@@ -18,15 +19,23 @@ from megatron_jet.teacher.scores import knock_outs, score_split
 SAMPLES = 256  # sequences per evaluation set
 
 
-def publish(model: Qwen2ForCausalLM, curve: Path, out: Path, *, seed: int, command: str) -> dict:
+@dataclass(frozen=True)
+class Origin:
+    """Where a teacher comes from: the command that trained it, its seed, and a remark for the card."""
+
+    command: str
+    seed: int
+    note: str = ""
+
+
+def publish(model: Qwen2ForCausalLM, curve: Path, out: Path, origin: Origin) -> dict:
     """Writes weights, tokenizer, scores.json, manifest.json, curve.jsonl, curve.png and README.md into `out`.
 
     Args:
         model: the trained teacher.
         curve: its curve.jsonl.
         out: directory, made anew.
-        seed: that it was trained with.
-        command: that trained it.
+        origin: how it was trained.
 
     Returns:
         what scores.json holds.
@@ -43,17 +52,18 @@ def publish(model: Qwen2ForCausalLM, curve: Path, out: Path, *, seed: int, comma
     scores = {split: score_split(model, data, split, SAMPLES).to_dict() for split in ("search", "heldout")}
     scores["without_attention_of_layer"] = [knocked.to_dict() for knocked in knock_outs(model, data, "search")]
     write_json(out / "scores.json", scores)
-    write_json(out / "manifest.json", manifest(seed, command, rows[-1]))
-    write_text(out / "README.md", card(model, scores, rows[-1], seed, command))
+    write_json(out / "manifest.json", manifest(origin, rows[-1]))
+    write_text(out / "README.md", card(model, scores, rows[-1], origin))
     return scores
 
 
-def manifest(seed: int, command: str, last: dict) -> dict:
+def manifest(origin: Origin, last: dict) -> dict:
     """Returns how the teacher was made: command, versions, and the checksum of every text file by split."""
     documents = {split: {file.path: file.sha256 for file in read_stdlib(split)} for split in SPLITS}
     return {
-        "command": command,
-        "seed": seed,
+        "command": origin.command,
+        "seed": origin.seed,
+        "note": origin.note,
         "steps": last["step"],
         "tokens": last["tokens"],
         "python": platform.python_version(),
@@ -70,7 +80,7 @@ def draw_curve(rows: list[dict], path: Path) -> None:
     """Draws accuracies and the text loss over training tokens."""
     figure = matplotlib.figure.Figure(figsize=(7, 3.2), layout="constrained")
     accuracy, loss = figure.subplots(1, 2)
-    for name in ("recall", "alternating", "choice", "copy"):
+    for name in ("recall", "alternating", "choice", "repeated", "copy"):
         points = [(row["tokens"] / 1e6, row[name]["accuracy"]) for row in rows if name in row]
         accuracy.plot(*zip(*points, strict=True), label=name)
     accuracy.set(xlabel="million tokens", ylabel="training accuracy", ylim=(0, 1.02))
@@ -81,7 +91,7 @@ def draw_curve(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def card(model: Qwen2ForCausalLM, scores: dict, last: dict, seed: int, command: str) -> str:
+def card(model: Qwen2ForCausalLM, scores: dict, last: dict, origin: Origin) -> str:
     """Returns README.md of the teacher."""
     config = model.config
     lines = [
@@ -91,13 +101,14 @@ def card(model: Qwen2ForCausalLM, scores: dict, last: dict, seed: int, command: 
         f"{config.hidden_size}, {config.num_attention_heads} heads, {config.num_key_value_heads} KV heads, tied "
         "embeddings), trained from random weights by",
         "",
-        f"    {command}",
+        f"    {origin.command}",
         "",
-        f"with seed {seed}: {last['step']:,} steps, {last['tokens'] / 1e6:.1f}M tokens, {last['seconds'] / 60:.0f} "
-        "minutes on one CPU core. Training time is the budget, so another machine takes another number of steps.",
+        f"with seed {origin.seed}: {last['step']:,} steps, {last['tokens'] / 1e6:.1f}M tokens, {last['seconds'] / 60:.0f} "
+        "minutes on one CPU core. Time is the budget, so another machine takes another number of steps.",
         "Text is the source of Python's standard library as bytes, split by a hash of the file's path; `manifest.json`",
         "has the checksum of every file. The synthetic tasks are drawn anew for every batch. `curve.jsonl` is the",
         "training curve.",
+        *([origin.note] if origin.note else []),
         "",
         "![training curve](curve.png)",
         "",

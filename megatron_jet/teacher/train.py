@@ -24,7 +24,7 @@ WARMUP_STEPS = 30
 DECAY_START, FINAL_LR = 0.5, 0.02  # constant rate for half of the training, then linear to 2%
 CHECKPOINT_SECONDS = 120
 LOG_STEPS = 25
-SOURCES = ("recall", "alternating", "choice", "copy", "text")
+SOURCES = ("recall", "alternating", "choice", "repeated", "copy", "text")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class TeacherRun:
 
     Attributes:
         out: directory; gets checkpoints/ and curve.jsonl.
-        minutes: training time; time spent before an interruption counts.
+        minutes: processor time to train for, so that a busy machine does not shorten training; time spent before an
+            interruption counts.
         seed: of initial weights and batches.
     """
 
@@ -67,7 +68,7 @@ class Training:
 
     def train_step(self) -> dict[str, dict[str, float]]:
         """Takes one step; returns loss and accuracy of every source in the batch."""
-        started = time.perf_counter()
+        started = time.process_time()
         rate = learning_rate_factor(self.step, self.progress)
         for optimizer, base in zip(self.optimizers, (MUON_LR, ADAM_LR), strict=True):
             for group in optimizer.param_groups:
@@ -83,7 +84,7 @@ class Training:
         for optimizer in self.optimizers:
             optimizer.step()
         self.step += 1
-        self.seconds += time.perf_counter() - started
+        self.seconds += time.process_time() - started
         self.curriculum.update({name: s["accuracy"] for name, s in stats.items()})
         return stats
 
