@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -186,9 +187,23 @@ def replaced_directory(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+        problem = write_problem(error)
+        if problem is not None:
+            raise UserError(f"{path}: cannot be written ({problem})") from None
         raise
+
+
+def write_problem(error: BaseException) -> str | None:
+    """What the file system said, if that is why writing failed; torch and safetensors wrap it."""
+    if isinstance(error, UserError):
+        return None
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return cause.strerror or str(cause)
+        cause = cause.__cause__ or cause.__context__
+    wrapped = isinstance(error, SafetensorError) or "inline_container" in str(error)
+    return f"disk full? {_one_line(error)}" if wrapped else None
 
 
 def _serialized(value: list) -> io.BytesIO:

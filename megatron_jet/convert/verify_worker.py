@@ -24,14 +24,10 @@ class VerifyJob:
 
 
 def run(rank: int, job: VerifyJob) -> None:
-    """Write what this rank holds of the layer outputs and logits to `<out>/<rank>.safetensors`."""
+    """Write what this rank holds of the layer outputs and logits to a file in `<out>`."""
     cpu_backend.install()
     import torch.distributed as dist
-    from megatron.core import parallel_state, tensor_parallel
 
-    from megatron_jet.model.builder import build_model
-    from megatron_jet.model.features import collect_features
-    from megatron_jet.training.checkpoint import load_model
     from megatron_jet.training.parallel import destroy_parallel, init_parallel
 
     world_size = job.parallel.tensor * job.parallel.pipeline
@@ -41,17 +37,29 @@ def run(rank: int, job: VerifyJob) -> None:
         job.parallel, 0, store=dist.FileStore(f"{job.out}/store", world_size), rank=rank, world_size=world_size
     )
     try:
-        chunks = build_model(job.model, job.parallel, dtype="fp32", init_seed=None)
-        load_model(chunks, job.checkpoint)
-        with torch.no_grad(), collect_features(chunks) as features:
-            logits = _forward(chunks[0].eval(), job)
-        tensors = {str(layer): hidden.transpose(0, 1) for layer, hidden in features.items()}  # [b, s, h]
-        if logits is not None:
-            tensors["logits"] = tensor_parallel.gather_from_tensor_model_parallel_region(logits)
-        if parallel_state.get_tensor_model_parallel_rank() == 0:
-            save_file({k: v.float().cpu().contiguous() for k, v in tensors.items()}, f"{job.out}/{rank}.safetensors")
+        write_activations(job)
     finally:
         destroy_parallel()
+
+
+def write_activations(job: VerifyJob) -> None:
+    """This rank's part of the job, with its layout already in place."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    from megatron_jet.model.builder import build_model
+    from megatron_jet.model.features import collect_features
+    from megatron_jet.training.checkpoint import load_model
+
+    chunks = build_model(job.model, job.parallel, dtype="fp32", init_seed=None)
+    load_model(chunks, job.checkpoint)
+    with torch.no_grad(), collect_features(chunks) as features:
+        logits = _forward(chunks[0].eval(), job)
+    tensors = {str(layer): hidden.transpose(0, 1) for layer, hidden in features.items()}  # [b, s, h]
+    if logits is not None:
+        tensors["logits"] = tensor_parallel.gather_from_tensor_model_parallel_region(logits)
+    if parallel_state.get_tensor_model_parallel_rank() == 0:
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+        save_file({k: v.float().cpu().contiguous() for k, v in tensors.items()}, f"{job.out}/{stage}.safetensors")
 
 
 def _forward(chunk: torch.nn.Module, job: VerifyJob) -> Tensor | None:

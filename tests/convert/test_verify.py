@@ -1,0 +1,81 @@
+"""`convert.py verify`: equal models pass at any layout, and a wrong layer is named."""
+
+import pytest
+import torch
+
+from convert.hf_cases import ORACLE
+from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.training import ParallelConfig
+from megatron_jet.convert.global_checkpoint import GlobalCheckpoint, write_checkpoint
+from megatron_jet.convert.hf_export import checkpoint_config
+from megatron_jet.convert.hf_import import import_hf
+from megatron_jet.convert.verify import first_different, verify
+from megatron_jet.convert.verify_worker import write_activations
+
+TOLERANCE = 1e-5  # fp32 round-off over four layers, measured at about 1e-6
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("verify") / "ckpt"
+    import_hf(ORACLE, path)
+    return path
+
+
+def test_equal_models(checkpoint):
+    rows = verify(ORACLE, checkpoint, ParallelConfig())
+    assert [row.name for row in rows] == [
+        "layer 0 (jet)",
+        "layer 1 (swa:16)",
+        "layer 2 (attn)",
+        "layer 3 (jet)",
+        "logits",
+    ]
+    assert first_different(rows, TOLERANCE) is None
+    assert all(0 < row.ratio < TOLERANCE for row in rows), "a difference of exactly 0 would mean one model ran twice"
+
+
+def test_equal_models_over_four_processes(checkpoint, pool, monkeypatch):
+    """The pool's workers stand in for the processes that the command starts."""
+    layout = ParallelConfig(tensor=2, pipeline=2)
+    monkeypatch.setattr(
+        "megatron_jet.convert.verify.run_megatron", lambda job: pool.run(write_activations, job, layout=layout)
+    )
+    rows = verify(ORACLE, checkpoint, layout)
+    assert len(rows) == 5 and first_different(rows, TOLERANCE) is None
+
+
+@pytest.mark.slow
+def test_the_command_starts_its_processes(checkpoint):
+    rows = verify(ORACLE, checkpoint, ParallelConfig(tensor=2))
+    assert len(rows) == 5 and first_different(rows, TOLERANCE) is None
+
+
+@pytest.mark.parametrize(
+    ("key", "first"),
+    [
+        ("decoder.layers.2.self_attention.linear_proj.weight", "layer 2 (attn)"),
+        ("decoder.layers.3.self_attention.dt_bias", "layer 3 (jet)"),
+        ("decoder.final_layernorm.weight", "logits"),
+        ("embedding.word_embeddings.weight", "layer 0 (jet)"),
+    ],
+)
+def test_the_first_wrong_layer_is_named(checkpoint, tmp_path, key, first):
+    source = GlobalCheckpoint(checkpoint)
+    tensors = {name: source.read(name) for name in source}
+    tensors[key] = tensors[key] * 1.01
+    write_checkpoint(tmp_path / "wrong", tensors, checkpoint_config(checkpoint).to_dict())
+    assert first_different(verify(ORACLE, tmp_path / "wrong", ParallelConfig()), 1e-4).name == first
+
+
+def test_nan_counts_as_different(checkpoint, tmp_path):
+    source = GlobalCheckpoint(checkpoint)
+    tensors = {name: source.read(name) for name in source}
+    tensors["decoder.layers.1.mlp.linear_fc2.weight"][0, 0] = torch.nan
+    write_checkpoint(tmp_path / "wrong", tensors, checkpoint_config(checkpoint).to_dict())
+    assert first_different(verify(ORACLE, tmp_path / "wrong", ParallelConfig()), 1e-4).name == "layer 1 (swa:16)"
+
+
+def test_heads_that_do_not_divide_are_an_error_before_anything_runs(checkpoint):
+    with pytest.raises(UserError, match="do not divide by tensor_parallel=3"):
+        verify(ORACLE, checkpoint, ParallelConfig(tensor=3))
