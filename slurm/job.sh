@@ -93,10 +93,9 @@ postnas_watch_clock() {
     left=$(($(date -d "$end" +%s) - $(date +%s) - postnas_guard_seconds)) || return 0
     [ "$left" -gt 0 ] || return 0
     (
-        trap 'kill $sleeper 2>/dev/null; exit 0' TERM
-        sleep "$left" &
-        sleeper=$!
-        wait "$sleeper"
+        # A read that never gets anything sleeps without a process that could be left behind.
+        exec {never}<> <(:)
+        read -r -t "$left" -u "$never"
         postnas_say "the time limit is $postnas_guard_seconds seconds away; queueing again"
         postnas_requeue
     ) &

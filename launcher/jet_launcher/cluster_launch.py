@@ -7,6 +7,7 @@ from pathlib import Path
 from jet_launcher.clusters import load_cluster
 from jet_launcher.exit_codes import DONE
 from jet_launcher.options import LaunchOptions, check_inputs
+from jet_launcher.prefetch import refuse_missing
 from jet_launcher.run_directory import RunDirectory, check_directory, open_run
 from jet_launcher.slurm.launch import Target, dry_run, live_jobs, submit_run, wait_for
 from jet_launcher.slurm.overview import job_views, run_word
@@ -41,6 +42,8 @@ def launch_on_cluster(config: RunConfig, stages: tuple[str, ...], options: Launc
     if options.dryrun:
         return _dry_run(config, stages, options, target, root)
     config = expand_paths(config)
+    if target.cluster.offline:
+        refuse_missing(config)
     check_inputs(config)
     run = open_run(config, options.output, root)
     _make_findable(run, options.root)

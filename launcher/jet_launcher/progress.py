@@ -9,6 +9,7 @@ from jet_launcher.stage_status import StageStatus
 from megatron_jet.configs.estimate_text import format_seconds
 
 PLAIN_INTERVAL = 10.0  # seconds between two lines about the same phase
+PLAIN_SILENCE = 60.0  # when there is nothing new to say
 _MARKS = {
     states.PENDING: ("·", "dim"),
     states.RUNNING: ("▸", "bold cyan"),
@@ -43,7 +44,7 @@ def describe(status: StageStatus) -> str:
     parts += [f"{name} {value:.4g}" for name, value in list(status.losses.items())[:3]]
     if status.tokens_per_second:
         parts.append(f"{status.tokens_per_second:,.0f} tokens/s")
-    if status.remaining is not None:
+    if status.remaining is not None and status.remaining >= 1:
         parts.append(f"{format_seconds(status.remaining)} left")
     return ", ".join(parts)
 
@@ -58,20 +59,23 @@ def describe_end(status: StageStatus) -> str:
 
 
 class PlainDisplay:
-    """One line per change of state or phase, and one every ten seconds in between."""
+    """One line per change of state or phase, one every ten seconds of progress, one a minute without any."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._start = time.monotonic()
         self._said: dict[str, tuple[str, str]] = {}
         self._last = 0.0
+        self._last_text = ""
 
     def update(self, statuses: list[StageStatus]) -> None:
         for status in statuses:
             now = time.monotonic()
             key = (status.state, status.phase if status.state == states.RUNNING else "")
             before = self._said.get(status.stage)
-            due = status.state == states.RUNNING and now - self._last >= PLAIN_INTERVAL
+            text = describe(status) or "running"
+            interval = PLAIN_SILENCE if text == self._last_text else PLAIN_INTERVAL
+            due = status.state == states.RUNNING and now - self._last >= interval
             if key == before and not due:
                 continue
             self._said[status.stage] = key
@@ -79,8 +83,8 @@ class PlainDisplay:
             if status.state == states.PENDING or left_over:
                 continue  # not started yet, or how an earlier launch ended
             if status.state == states.RUNNING:
-                self._last = now
-                self._print(f"{status.stage}: {describe(status) or 'running'}")
+                self._last, self._last_text = now, text
+                self._print(f"{status.stage}: {text}")
             else:
                 already = " (already)" if before is None and status.state == states.DONE else ""
                 self._print(f"{status.stage}: {describe_end(status)}{already}")

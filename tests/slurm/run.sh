@@ -13,4 +13,4 @@ $python tests/slurm/cluster.py start "$prefix" --nodes 8 || exit 1
 # shellcheck disable=SC1091
 source "$prefix/env.sh"
 # Jobs mostly wait, so more tests than cores run at a time.
-$python -m pytest -m slurm tests/slurm -n 4 --dist worksteal --durations=8 "$@"
+$python -m pytest -m slurm tests/slurm --confcutdir tests/slurm -n 4 --dist worksteal --durations=8 "$@"

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -101,13 +102,16 @@ def nemo_home() -> Path:
 
 def check_paths(place: JobPlace) -> None:
     """Raise UserError for a path that NeMo-Run would write into a script unquoted or rewritten."""
-    import re
-
     for what, path in (("run directory", place.run_dir), ("NEMORUN_HOME", nemo_home())):
-        if not re.fullmatch(r"[A-Za-z0-9_./@+,=~-]+", str(path)):
-            raise UserError(f"{what} {path}: on a cluster its path may hold letters, digits and _ . / @ + , = ~ - only")
+        check_path(what, path)
         if REPLACED_PATH in str(path):
             raise UserError(f"{what} {path}: NeMo-Run cannot work in a path with '{REPLACED_PATH}'; choose another one")
+
+
+def check_path(what: str, path: Path) -> None:
+    """Raise UserError for a path with characters that mean something to a shell or to Slurm."""
+    if not re.fullmatch(r"[A-Za-z0-9_./@+,=~-]+", str(path)):
+        raise UserError(f"{what} {path}: on a cluster its path may hold letters, digits and _ . / @ + , = ~ - only")
 
 
 def executor_of(run: ModuleType, job: Job, cluster: ClusterConfig, place: JobPlace, title: str, after: list[str]):

@@ -128,7 +128,7 @@ def job_variables(job: Job, cluster: ClusterConfig, place: JobPlace) -> dict[str
 def setup_lines(job: Job, cluster: ClusterConfig, place: JobPlace) -> str:
     """Lines of the batch script before the step starts."""
     variables = {**_environment(cluster), **job_variables(job, cluster, place)}
-    steps = [*srun_options(), *container_options(cluster, place)]
+    steps = [*srun_options(), *container_options(cluster, place)]  # preflight's, and the plain script's
     return "\n".join(
         [
             "set +evx",

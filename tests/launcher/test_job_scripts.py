@@ -1,0 +1,103 @@
+"""Texts of a job: hostile values arrive as they are and run nothing; NeMo-Run gets what the cluster file says."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from jet_launcher.slurm.experiment import check_paths
+from jet_launcher.slurm.graph import Job
+from jet_launcher.slurm.scripts import JobPlace, default_python, sbatch_options, setup_lines, srun_options, step_script
+from megatron_jet.configs.cluster import ClusterConfig
+from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.training import ParallelConfig
+
+JOB = Job("stage1", "stage1", "stage1", 2, 4, 4, ParallelConfig(), ())
+HOSTILE = {
+    "QUOTE": "it's",
+    "DOUBLE": 'say "hi"',
+    "COMMAND": "$(touch pwned) `touch pwned` ${HOME}",
+    "END": "x; touch pwned; #",
+    "SLASH": "back\\slash \\n",
+    "SPACE": "  two  spaces  ",
+    "STAR": "* ~ ? [a] {b,c} !x",
+    "UNICODE": "naïve – ü",
+    "NEMO": "/data/nemo_run/x and /nemo_run",
+    "EMPTY": "",
+    "DASH": "-n --rf",
+}
+
+
+def place(tmp_path) -> JobPlace:
+    return JobPlace(tmp_path / "run", tmp_path / "code", tmp_path, "python3")
+
+
+def environment_after(script: str, tmp_path) -> dict[str, str]:
+    """Variables that a script exports, with the shipped shell files replaced by one that prints them."""
+    shell = tmp_path / "code" / "slurm"
+    shell.mkdir(parents=True, exist_ok=True)
+    (shell / "job.sh").write_text(
+        'postnas_begin() { env -0; }; postnas_load_module() { export LOADED="$LOADED<$1>"; }\n'
+    )
+    (shell / "step.sh").write_text("env -0\n")
+    done = subprocess.run(["bash", "-c", script], capture_output=True, cwd=tmp_path, check=True)
+    return dict(item.split("=", 1) for item in done.stdout.decode().split("\0") if "=" in item)
+
+
+@pytest.mark.parametrize("text", [setup_lines, step_script])
+def test_hostile_values_reach_the_process_unchanged(tmp_path, text):
+    cluster = ClusterConfig(env=HOSTILE, preflight={"command": "echo 'a b' \"$X\"; false"})
+    seen = environment_after(text(JOB, cluster, place(tmp_path)), tmp_path)
+    assert {key: seen[key] for key in HOSTILE} == HOSTILE
+    assert seen["POSTNAS_PREFLIGHT_COMMAND"] == "echo 'a b' \"$X\"; false"
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_nemo_runs_replacement_does_not_touch_values(tmp_path):
+    cluster = ClusterConfig(env=HOSTILE)
+    replaced = setup_lines(JOB, cluster, place(tmp_path)).replace("/nemo_run", "/somewhere/else")
+    assert environment_after(replaced, tmp_path)["NEMO"] == HOSTILE["NEMO"]
+
+
+def test_modules_are_quoted_and_come_before_the_setup_lines(tmp_path):
+    cluster = ClusterConfig(modules=("cuda/13", "a b; touch pwned"), setup=('export SEEN="$LOADED"',))
+    seen = environment_after(setup_lines(JOB, cluster, place(tmp_path)), tmp_path)
+    assert seen["SEEN"] == "<cuda/13><a b; touch pwned>"
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_sbatch_options():
+    cluster = ClusterConfig(
+        account="a",
+        qos="q",
+        nodes=4,
+        gpus_per_node=8,
+        cpus_per_task=3,
+        mem="0",
+        exclusive=True,
+        sbatch={"comment": "x y"},
+    )
+    options = sbatch_options(JOB, cluster)
+    assert options["signal"] == "USR1@300", "to the processes, not to the batch script"
+    assert (options["nodes"], options["ntasks-per-node"], options["gpus-per-node"]) == (2, 4, 4)
+    assert (options["comment"], options["kill-on-invalid-dep"], options["exclusive"]) == ("x y", "yes", True)
+    assert "partition" not in options
+    assert "gres" in sbatch_options(JOB, cluster.replace(gpu_request="gres"))
+    assert not {"gres", "gpus-per-node"} & set(sbatch_options(JOB, cluster.replace(gpu_request="none")))
+
+
+def test_no_pmix_and_time_to_save_for_the_others():
+    assert "--mpi=none" in srun_options()
+    assert "--kill-on-bad-exit=0" in srun_options()
+
+
+def test_python_of_the_jobs():
+    assert default_python(ClusterConfig(venv="/v"), "/own/python") == "/v/bin/python"
+    assert default_python(ClusterConfig(container={"image": "i"}), "/own/python") == "python"
+    assert default_python(ClusterConfig(), "/own/python") == "/own/python"
+
+
+@pytest.mark.parametrize("path", ["/a b/run", "/a;b", "/a'b", "/x/nemo_run/y", "/a\nb"])
+def test_paths_that_nemo_run_would_break_are_refused(path):
+    with pytest.raises(UserError, match="run directory"):
+        check_paths(JobPlace(Path(path), Path("/c"), Path("/"), "python3"))

@@ -1,0 +1,264 @@
+"""slurm/job.sh and slurm/step.sh with stand-ins for Slurm's commands: who is queued again, who gives up."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# A scheduler made of files: the job's state in $FAKE/state, every command in $FAKE/calls.
+FAKES = {
+    "squeue": 'cat "$FAKE/state"',
+    "scontrol": """
+echo "$*" >> "$FAKE/calls"
+case "$1 $2" in
+    "show hostnames") printf '%s\\n' ${FAKE_NODES:-n1 n2} ;;
+    "show node") echo "NodeName=$4 NodeAddr=10.0.0.7 NodeHostName=$4" ;;
+    "show job") echo "JobId=7 EndTime=$(date -d '+1 hour' +%FT%T) ExcNodeList=${FAKE_EXCLUDED:-(null)} x" ;;
+    "requeue 7") echo PENDING > "$FAKE/state" ;;
+esac""",
+    "srun": 'bash -c "${FAKE_SRUN:-true}"',
+}
+JOB = """
+cd "$FAKE"
+source "$POSTNAS_CODE/slurm/job.sh"
+postnas_begin
+(exit ${CODE:-0})
+exit $?
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Run the batch part with an exit code of the step; returns exit code and output."""
+    bin_dir = tmp_path / "bin"
+    bin_dir.mkdir()
+    for name, body in FAKES.items():
+        (bin_dir / name).write_text(f"#!/bin/bash\n{body}\n")
+        (bin_dir / name).chmod(0o755)
+    stage = tmp_path / "run" / "stages" / "stage1"
+    base = {
+        "PATH": f"{bin_dir}:/usr/bin:/bin",
+        "FAKE": str(tmp_path),
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "POSTNAS_RUN_DIR": str(tmp_path / "run"),
+        "POSTNAS_CODE": str(ROOT),
+        "POSTNAS_JOB": "stage1",
+        "POSTNAS_TARGET": "stage1",
+        "POSTNAS_STATE_DIR": str(stage),
+        "POSTNAS_LOG_DIR": str(stage / "logs"),
+        "POSTNAS_RESTARTS": "1",
+        "POSTNAS_PREFLIGHT": "0",
+        "POSTNAS_PREFLIGHT_TIMEOUT": "9",
+        "POSTNAS_PREFLIGHT_REQUEUES": "1",
+        "POSTNAS_STEP_SCRIPT": "/dev/null",
+    }
+
+    class Slurm:
+        calls_file = tmp_path / "calls"
+        state_file = tmp_path / "state"
+        progress = stage / "checkpoints"
+
+        def attempt(self, restart: int, code: int, state: str = "RUNNING", script: str = JOB, **extra: str):
+            self.state_file.write_text(state + "\n")
+            self.calls_file.write_text("")
+            environment = {**base, "SLURM_RESTART_COUNT": str(restart), "CODE": str(code), **extra}
+            return subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+
+        @property
+        def requeued(self) -> bool:
+            return "requeue 7" in self.calls_file.read_text()
+
+        @property
+        def calls(self) -> str:
+            return self.calls_file.read_text()
+
+    return Slurm()
+
+
+def checkpoint(slurm, step: int) -> None:
+    (slurm.progress / f"step-{step}").mkdir(parents=True)
+
+
+def test_success_is_left_alone(slurm):
+    done = slurm.attempt(0, 0)
+    assert done.returncode == 0
+    assert not slurm.requeued
+
+
+def test_interruption_is_queued_again(slurm):
+    assert slurm.attempt(0, 75).returncode == 75
+    assert slurm.requeued
+
+
+@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", "PENDING", ""])
+def test_a_job_that_slurm_is_ending_is_not_brought_back(slurm, state):
+    done = slurm.attempt(0, 75, state=state)
+    assert done.returncode == 75
+    assert not slurm.requeued
+    assert "not queued again" in done.stdout
+
+
+def test_crashes_without_progress_come_to_an_end(slurm):
+    assert slurm.attempt(0, 1).returncode == 1
+    assert slurm.requeued
+    done = slurm.attempt(1, 1)
+    assert not slurm.requeued
+    assert "giving up: crashed with exit code 1, 2 times without progress" in done.stdout
+
+
+def test_crashes_with_progress_go_on(slurm):
+    for restart in range(5):
+        checkpoint(slurm, restart)
+        assert slurm.attempt(restart, 1).returncode == 1
+        assert slurm.requeued, f"restart {restart} had a new checkpoint"
+    slurm.attempt(5, 1)
+    assert not slurm.requeued, "the second crash at this checkpoint"
+
+
+def test_logs_and_status_are_no_progress(slurm):
+    for restart in range(2):
+        slurm.progress.parent.mkdir(parents=True, exist_ok=True)
+        for name in (f"events.{restart}.log", "status.json", "metrics.jsonl", f".result.json.{restart}"):
+            (slurm.progress.parent / name).write_text(str(restart))
+        slurm.attempt(restart, 1)
+    assert not slurm.requeued
+
+
+def test_interruptions_do_not_count_as_crashes(slurm):
+    for restart in range(6):
+        slurm.attempt(restart, 75)
+        assert slurm.requeued
+    slurm.attempt(6, 1)
+    assert slurm.requeued, "the first crash"
+
+
+def test_endless_interruptions_without_progress_come_to_an_end(slurm):
+    for restart in range(11):
+        slurm.attempt(restart, 75)
+    assert not slurm.requeued
+    # Killed attempts leave no end behind; starting is enough to see them.
+    killed = JOB.replace("(exit ${CODE:-0})", "kill -KILL $$")
+    for _ in range(2):
+        done = slurm.attempt(11, 0, script=killed)
+    assert "giving up: interrupted" in done.stdout
+
+
+def test_usage_errors_are_final(slurm):
+    assert slurm.attempt(0, 2).returncode == 2
+    assert not slurm.requeued
+
+
+def test_another_submission_starts_counting_anew(slurm):
+    slurm.attempt(0, 1)
+    slurm.attempt(1, 1)
+    assert not slurm.requeued
+    slurm.attempt(0, 1, SLURM_JOB_ID="7")
+    assert not slurm.requeued
+    slurm.attempt(0, 1, SLURM_JOB_ID="8")
+    assert "requeue 8" in slurm.calls
+
+
+def test_clock_guard_leaves_no_process_behind(slurm):
+    slurm.attempt(0, 0)
+    marker = f"FAKE={slurm.state_file.parent}".encode()
+    left = []
+    for entry in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if marker in entry.read_bytes().split(b"\0"):
+                left.append(entry.parent.name)
+        except OSError:
+            continue
+    assert not left
+
+
+def preflight(*marks: str) -> str:
+    """A step that leaves files in the preflight directory, and its exit code."""
+    return "; ".join(
+        f'echo "{text}" > "$POSTNAS_PREFLIGHT_DIR/{name}"' for name, _, text in (m.partition(":") for m in marks)
+    )
+
+
+def test_bad_node_is_excluded_and_the_job_queued_again(slurm):
+    marks = preflight("n1.ok:", "n2.bad:GPU 3 is gone") + "; exit 1"
+    done = slurm.attempt(0, 0, POSTNAS_PREFLIGHT="1", FAKE_SRUN=marks, FAKE_EXCLUDED="n9")
+    assert done.returncode == 75
+    assert "preflight failed: n2: GPU 3 is gone; queueing again without n2" in done.stdout
+    assert "update JobId=7 ExcNodeList=n9,n2" in slurm.calls
+
+
+def test_silent_node_is_the_bad_one(slurm):
+    slurm.attempt(0, 0, POSTNAS_PREFLIGHT="1", FAKE_SRUN=preflight("n1.ok:") + "; exit 1")
+    assert "ExcNodeList=n2" in slurm.calls
+
+
+def test_when_no_node_answers_none_is_blamed(slurm):
+    done = slurm.attempt(0, 0, POSTNAS_PREFLIGHT="1", FAKE_SRUN="exit 1")
+    assert "no single node to blame" in done.stdout
+    assert slurm.requeued
+    assert "ExcNodeList" not in slurm.calls
+
+
+def test_preflight_failures_have_a_limit(slurm):
+    marks = preflight("n1.ok:", "n2.bad:disk is full") + "; exit 1"
+    slurm.attempt(0, 0, POSTNAS_PREFLIGHT="1", FAKE_SRUN=marks)
+    done = slurm.attempt(1, 0, POSTNAS_PREFLIGHT="1", FAKE_SRUN=marks)
+    assert done.returncode == 1
+    assert "giving up: preflight failed 2 times, now: n2: disk is full" in done.stdout
+    assert not slurm.requeued
+
+
+def test_good_preflight_lets_the_stage_start(slurm):
+    done = slurm.attempt(0, 0, POSTNAS_PREFLIGHT="1", FAKE_SRUN=preflight("n1.ok:", "n2.ok:"))
+    assert done.returncode == 0, done.stdout
+
+
+def test_rendezvous_is_the_head_nodes_address_and_a_port_of_the_job(slurm):
+    script = JOB.replace("(exit ${CODE:-0})", 'echo "at $MASTER_ADDR:$MASTER_PORT"')
+    assert "at 10.0.0.7:15007" in slurm.attempt(0, 0, script=script).stdout
+
+
+STEP = {
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURMD_NODENAME": "n2",
+    "SLURM_JOB_ID": "7",
+    "POSTNAS_NPROC": "4",
+    "POSTNAS_JOB": "stage1",
+    "POSTNAS_TARGET": "stage1",
+    "POSTNAS_CODE": str(ROOT),
+    "POSTNAS_WORKER": "jet_launcher.exit_codes",
+}
+
+
+def step(tmp_path, python: str, **extra: str) -> subprocess.CompletedProcess[str]:
+    environment = {"PATH": os.environ["PATH"], **STEP, "POSTNAS_RUN_DIR": str(tmp_path), "POSTNAS_CWD": str(tmp_path)}
+    environment |= {"POSTNAS_LOG_DIR": str(tmp_path), "POSTNAS_PYTHON": python, **extra}
+    return subprocess.run(
+        ["bash", "-c", 'source "$POSTNAS_CODE/slurm/step.sh"'],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_every_process_knows_its_rank_and_logs_beside_its_node(tmp_path):
+    shown = tmp_path / "show"
+    shown.write_text('#!/bin/bash\necho "$RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $*"; trap; exit 75\n')
+    shown.chmod(0o755)
+    done = step(tmp_path, str(shown))
+    assert done.returncode == 75, "the worker's own exit code"
+    assert done.stdout.startswith(f"5 8 1 4 -m jet_launcher.exit_codes {tmp_path} stage1\n")
+    assert "SIGUSR1" in done.stdout, "ignored until the worker has a handler"
+    assert (tmp_path / "stage1.7.0.n2.log").read_text() == done.stdout
+
+
+def test_shipped_code_wins_over_the_working_directory(tmp_path):
+    (tmp_path / "jet_launcher").mkdir()
+    (tmp_path / "jet_launcher" / "__init__.py").write_text("raise SystemExit('the wrong one')")
+    assert step(tmp_path, "python3").returncode == 0
