@@ -103,8 +103,9 @@ def card(model: Qwen2ForCausalLM, scores: dict, last: dict, origin: Origin) -> s
         "",
         f"    {origin.command}",
         "",
-        f"with seed {origin.seed}: {last['step']:,} steps, {last['tokens'] / 1e6:.1f}M tokens, {last['seconds'] / 60:.0f} "
-        "minutes on one CPU core. Time is the budget, so another machine takes another number of steps.",
+        f"with seed {origin.seed}: {last['step']:,} steps, {last['tokens'] / 1e6:.1f}M tokens, "
+        f"{last['seconds'] / 60:.0f} minutes on one CPU core. Time is the budget, so another machine takes another",
+        "number of steps.",
         "Text is the source of Python's standard library as bytes, split by a hash of the file's path; `manifest.json`",
         "has the checksum of every file. The synthetic tasks are drawn anew for every batch. `curve.jsonl` is the",
         "training curve.",

@@ -53,9 +53,7 @@ def test_muon_moves_matrices_of_one_shape_independently():
 def test_tokenizer_maps_bytes_to_themselves(tmp_path):
     save_tokenizer(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    text = (
-        "".join(map(chr, range(0x800))) + "\U0001f600\uffee→"
-    )  # all bytes of two-byte UTF-8, and more
+    text = "".join(map(chr, range(0x800))) + "\U0001f600\uffee→"  # all bytes of two-byte UTF-8, and more
     assert tokenizer(text).input_ids == list(text.encode())
     assert tokenizer.decode(list(text.encode())) == text
     assert tokenizer("<|k3|><|v63|>a").input_ids == [vocab.KEYS + 3, vocab.VALUES + 63, ord("a")]
