@@ -183,6 +183,19 @@ def test_plain_display_speaks_on_changes_only(tmp_path):
     assert lines == ["prepare: done in 3 s (already)", "stage1: warm-up", "stage1: done in 9 s"]
 
 
+def test_plain_display_is_quiet_while_there_is_nothing_new(tmp_path, monkeypatch):
+    monkeypatch.setattr("jet_launcher.progress.PLAIN_INTERVAL", 0.0)
+    stream = (tmp_path / "out").open("w+")
+    display = PlainDisplay(stream)
+    for step in (1, 1, 1, 2, 2, 2):
+        display.update([StageStatus("stage1", "running", "", step, 3)])
+    monkeypatch.setattr("jet_launcher.progress.PLAIN_SILENCE", 0.0)
+    display.update([StageStatus("stage1", "running", "", 2, 3)])
+    display.close()
+    stream.seek(0)
+    assert [line.rpartition("step ")[2].strip() for line in stream] == ["1/3", "2/3", "2/3"]
+
+
 def test_rich_display_draws_every_state(monkeypatch, capsys):
     monkeypatch.setenv("TERM", "xterm")
     display = RichDisplay()
