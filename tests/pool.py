@@ -81,7 +81,7 @@ class WorkerPool:
         layout: ParallelConfig | None = None,
         world_size: int | None = None,
         seed: int = 0,
-        timeout: float = 120.0,
+        timeout: float = 200.0,
         **kwargs: Any,
     ) -> list[Any]:
         """Call `function(*args, **kwargs)` on every rank of a world.

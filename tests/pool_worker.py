@@ -53,7 +53,7 @@ def run(store, rank, call, module, file, name, args, kwargs, layout, world_size,
         store=dist.PrefixStore(f"call{call}", store),
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=100),
+        timeout=timedelta(seconds=190),
     )
     try:
         return function(*args, **kwargs)
