@@ -9,20 +9,17 @@ import json
 from typing import Any
 
 from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.families import FAMILIES, RopeScaling
 from megatron_jet.configs.layer_plan import LayerPlan, split_entry
 from megatron_jet.configs.mixers.registry import LINEAR_MIXERS, mixer_config_class
 from megatron_jet.configs.model import ModelConfig
 
-ARCHITECTURES = {
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "llama": "LlamaForCausalLM",
+HYBRID_ARCHITECTURES = {
     "jet_nemotron": "JetNemotronForCausalLM",
     "megatron_jet": "MegatronJetForCausalLM",
 }
-# Whether Q, K and V have biases, and Q and K a norm per head.
-BASE_TRAITS = {"qwen2": (True, False), "qwen3": (False, True), "llama": (False, False)}
-HYBRIDS = ("jet_nemotron", "megatron_jet")
+ARCHITECTURES = {name: family.architecture for name, family in FAMILIES.items()} | HYBRID_ARCHITECTURES
+HYBRIDS = tuple(HYBRID_ARCHITECTURES)
 
 
 def model_from_hf(config: dict[str, Any], where: str = "config.json") -> ModelConfig:
@@ -40,9 +37,9 @@ def model_from_hf(config: dict[str, Any], where: str = "config.json") -> ModelCo
         raise UserError(f"{where}: model_type '{model_type}' is not supported; known: {', '.join(ARCHITECTURES)}")
     _refuse_unsupported(config, where)
     base = config.get("base_model_type", "qwen2") if model_type in HYBRIDS else model_type
-    if base not in BASE_TRAITS:
-        raise UserError(f"{where}: base_model_type '{base}' is not supported; known: {', '.join(BASE_TRAITS)}")
-    qkv_bias, qk_norm = BASE_TRAITS[base]
+    if base not in FAMILIES:
+        raise UserError(f"{where}: base_model_type '{base}' is not supported; known: {', '.join(FAMILIES)}")
+    family = FAMILIES[base]
     heads = _required(config, "num_attention_heads", where)
     hidden = _required(config, "hidden_size", where)
     num_layers = _required(config, "num_hidden_layers", where)
@@ -53,16 +50,17 @@ def model_from_hf(config: dict[str, Any], where: str = "config.json") -> ModelCo
             "num_layers": num_layers,
             "num_attention_heads": heads,
             "num_key_value_heads": config.get("num_key_value_heads") or heads,
-            "head_dim": config.get("head_dim") or hidden // heads,
+            "head_dim": config.get("head_dim") or _default_head_dim(model_type, hidden, heads),
             "vocab_size": _required(config, "vocab_size", where),
             "max_position_embeddings": config.get("max_position_embeddings", 32768),
-            "rope_theta": _rope_theta(config, base),
+            "rope_theta": _rope_theta(config),
+            "rope_scaling": _rope_scaling(config, where),
             "rms_norm_eps": float(config.get("rms_norm_eps", 1e-6)),
             "initializer_range": config.get("initializer_range", 0.02),
             # Without the key Hugging Face ties in the hybrid formats and does not in the others.
             "tie_word_embeddings": config.get("tie_word_embeddings", model_type in HYBRIDS),
-            "qkv_bias": config.get("qkv_bias", config.get("attention_bias", qkv_bias)),
-            "qk_norm": config.get("qk_norm", qk_norm),
+            "qkv_bias": config.get("qkv_bias", family.qkv_bias),
+            "qk_norm": config.get("qk_norm", family.qk_norm),
             "base_model_type": base,
             "bos_token_id": config.get("bos_token_id"),
             "eos_token_id": config.get("eos_token_id"),
@@ -98,16 +96,16 @@ def model_to_hf(model: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
         "use_cache": True,
         "tie_word_embeddings": model.tie_word_embeddings,
         "rope_theta": model.rope_theta,
-        "rope_scaling": None,
+        "rope_scaling": _rope_keys(model.rope_scaling),
         "attention_dropout": 0.0,
         "bos_token_id": model.bos_token_id,
         "eos_token_id": model.eos_token_id,
         "pad_token_id": model.pad_token_id,
         "torch_dtype": dtype,
     }
-    if model_type != "qwen2" and model_type != "jet_nemotron":  # both derive it from hidden_size
+    if model_type != "jet_nemotron" and not (model_type in FAMILIES and FAMILIES[model_type].derives_head_dim):
         config["head_dim"] = model.head_dim
-    if model_type in ("qwen3", "llama"):
+    if model_type in FAMILIES and not FAMILIES[model_type].qkv_bias:
         config["attention_bias"] = False
     if model_type in HYBRIDS:
         config |= _hybrid_keys(model, model_type)
@@ -117,14 +115,15 @@ def model_to_hf(model: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
 def hf_model_type(model: ModelConfig) -> str:
     """The narrowest format that can express a model."""
     kinds = {split_entry(entry)[0] for entry in model.layer_plan}
-    traits = (model.qkv_bias, model.qk_norm)
+    family = FAMILIES[model.base_model_type]
+    as_its_family = (model.qkv_bias, model.qk_norm) == family.traits
     derived_head_dim = model.head_dim * model.num_attention_heads == model.hidden_size
-    base = model.base_model_type
-    if kinds == {"attn"} and traits == BASE_TRAITS[base] and (derived_head_dim or base != "qwen2"):
-        return base
+    if kinds == {"attn"} and as_its_family and (derived_head_dim or not family.derives_head_dim):
+        return model.base_model_type
     one_window = len({split_entry(entry)[1] for entry in model.layer_plan} - {None}) <= 1
-    if kinds <= {"jet", "swa", "attn"} and one_window and derived_head_dim and base == "qwen2":
-        return "jet_nemotron" if traits == BASE_TRAITS["qwen2"] else "megatron_jet"
+    like_published = model.base_model_type == "qwen2" and as_its_family and derived_head_dim
+    if kinds <= {"jet", "swa", "attn"} and one_window and like_published and model.rope_scaling is None:
+        return "jet_nemotron"
     return "megatron_jet"
 
 
@@ -167,9 +166,7 @@ def _plan(config: dict[str, Any], model_type: str, num_layers: int, where: str) 
     windows = config.get("windows") or [one_window] * len(types)
     if len(windows) != len(types):
         raise UserError(f"{where}: windows has {len(windows)} entries but layer_types has {len(types)}")
-    return tuple(
-        f"swa:{window}" if kind == "swa" else str(kind) for kind, window in zip(types, windows, strict=True)
-    )
+    return tuple(f"swa:{window}" if kind == "swa" else str(kind) for kind, window in zip(types, windows, strict=True))
 
 
 def _plain_plan(config: dict[str, Any], types: list[str] | None, num_layers: int, where: str) -> LayerPlan:
@@ -201,21 +198,39 @@ def _mixers(config: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:
 
 
 def _refuse_unsupported(config: dict[str, Any], where: str) -> None:
-    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    rope = scaling.get("rope_type", scaling.get("type", "default"))
-    if rope != "default":
-        raise UserError(f"{where}: RoPE scaling '{rope}' is not supported; only models without it are")
     if config.get("hidden_act", "silu") != "silu":
         raise UserError(f"{where}: hidden_act '{config['hidden_act']}' is not supported, only silu")
-    for key in ("mlp_bias", "partial_rotary_factor"):
-        if config.get(key) not in (None, False, 1.0):
+    # `attention_bias` would put a bias on the output projection too.
+    for key, supported in (("mlp_bias", False), ("attention_bias", False), ("partial_rotary_factor", 1.0)):
+        if config.get(key) not in (None, supported):
             raise UserError(f"{where}: {key}={config[key]} is not supported")
 
 
-def _rope_theta(config: dict[str, Any], base: str) -> float:
+def _default_head_dim(model_type: str, hidden: int, heads: int) -> int:
+    family = FAMILIES.get(model_type)
+    return hidden // heads if family is None or family.default_head_dim is None else family.default_head_dim
+
+
+def _rope_theta(config: dict[str, Any]) -> float:
     """transformers 5 writes it inside rope_parameters; without it every base model has 10000."""
     inside = config.get("rope_parameters") or {}
     return float(config.get("rope_theta") or inside.get("rope_theta") or 10000.0)
+
+
+def _rope_scaling(config: dict[str, Any], where: str) -> dict[str, Any] | None:
+    """Llama 3's scaling; it too is inside rope_parameters where transformers 5 wrote the file."""
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
+    if rope_type == "default":
+        return None
+    if rope_type != "llama3":
+        raise UserError(f"{where}: RoPE scaling '{rope_type}' is not supported; known: default, llama3")
+    names = RopeScaling.model_fields
+    return RopeScaling.parse({key: scaling[key] for key in names if key in scaling}, f"{where}: rope_scaling").to_dict()
+
+
+def _rope_keys(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    return None if scaling is None else {"rope_type": "llama3", **scaling.to_dict()}
 
 
 def _required(config: dict[str, Any], key: str, where: str) -> int:

@@ -6,6 +6,7 @@ from pydantic import Field, field_serializer, field_validator, model_validator
 
 from megatron_jet.configs.base import StrictModel
 from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.families import RopeScaling
 from megatron_jet.configs.layer_plan import LayerPlan, check_plan, split_entry
 from megatron_jet.configs.mixers.attention import AttentionConfig, SlidingWindowConfig
 from megatron_jet.configs.mixers.base import MixerConfig, ModelShape
@@ -24,6 +25,7 @@ class ModelConfig(StrictModel):
     vocab_size: int = Field(gt=0)
     max_position_embeddings: int = Field(default=32768, gt=0)
     rope_theta: float = Field(default=1e6, gt=0)
+    rope_scaling: RopeScaling | None = None
     rms_norm_eps: float = Field(default=1e-6, gt=0)
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True

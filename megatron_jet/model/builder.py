@@ -22,6 +22,7 @@ from megatron_jet.mixers.registry import mixer_definition
 from megatron_jet.model.initialize import initialize
 from megatron_jet.model.layer import layer_spec
 from megatron_jet.model.paths import Choices, check_choices, choice_layer_spec
+from megatron_jet.model.rope import scaled_frequencies
 from megatron_jet.model.transformer_config import transformer_config
 
 
@@ -96,7 +97,7 @@ def _build_chunk(
         layer_specs=specs[start : start + count], layer_norm=backend.layer_norm(rms_norm=True)
     )
     logging.getLogger(GPTModel.__module__).addFilter(_not_deprecation)
-    return GPTModel(
+    chunk = GPTModel(
         config=config,
         transformer_layer_spec=block,
         vocab_size=model.vocab_size,
@@ -109,6 +110,10 @@ def _build_chunk(
         rotary_base=model.rope_theta,
         vp_stage=vp_stage,
     )
+    if model.rope_scaling is not None:
+        # Megatron's own option knows Llama 3.1's settings only; Llama 3.2 has another factor.
+        chunk.rotary_pos_emb.inv_freq = scaled_frequencies(chunk.rotary_pos_emb.inv_freq, model.rope_scaling)
+    return chunk
 
 
 def _not_deprecation(record: logging.LogRecord) -> bool:

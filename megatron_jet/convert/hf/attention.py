@@ -1,5 +1,7 @@
 """Softmax attention layers: full, and over a sliding window (Qwen2's, with optional QK norm)."""
 
+import math
+
 import torch
 from torch import nn
 
@@ -30,7 +32,7 @@ def rotary_angles(config: JetNemotronConfig, positions: torch.Tensor, dtype: tor
     """Cosines and sines of the rotary embedding.
 
     Args:
-        config: gives rope_theta and the head width D.
+        config: gives rope_theta, rope_scaling and the head width D.
         positions: [B, T].
         dtype: of the result; the angles are computed in fp32 (fp64 for fp64 models).
 
@@ -40,9 +42,20 @@ def rotary_angles(config: JetNemotronConfig, positions: torch.Tensor, dtype: tor
     dim = config.softmax_head_dim
     angle_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     exponents = torch.arange(0, dim, 2, device=positions.device, dtype=angle_dtype) / dim
-    angles = positions[:, None, :, None].to(angle_dtype) / config.rope_theta**exponents
+    periods = config.rope_theta**exponents  # tokens per radian, [D / 2]
+    if (config.rope_scaling or {}).get("rope_type", "default") == "llama3":
+        periods = stretch(periods, config.rope_scaling)
+    angles = positions[:, None, :, None].to(angle_dtype) / periods
     angles = torch.cat([angles, angles], -1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def stretch(periods: torch.Tensor, scaling: dict) -> torch.Tensor:
+    """Llama 3's scaling: long periods grow by `factor`, short ones stay, those between go over smoothly."""
+    turns = scaling["original_max_position_embeddings"] / (2 * math.pi * periods)  # within the original length
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return periods / ((1 - kept) / scaling["factor"] + kept)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PretrainedConfig
 
 SOFTMAX_MIXERS = ("attn", "swa")
+LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 DELTA_RULE_SETTINGS = {"num_heads": int, "head_dim": int, "expand_v": float, "norm_eps": float, "conv_size": int}
 # Settings of each linear mixer with their types; the published files write norm_eps as the string "1e-5".
 MIXER_SETTINGS = {
@@ -59,6 +60,7 @@ class JetNemotronConfig(PretrainedConfig):
     model_type = "jet_nemotron"
     keys_to_ignore_at_inference = ["past_key_values"]
     known_mixers = ("jet", "swa", "attn")
+    known_rope_types = ("default",)
 
     vocab_size: int = 151936
     hidden_size: int = 1536
@@ -101,7 +103,7 @@ class JetNemotronConfig(PretrainedConfig):
         """Files written by transformers 5 hold rope_theta inside rope_parameters."""
         if parameters:
             self.rope_theta = parameters.get("rope_theta", self.rope_theta)
-            self.rope_scaling = {"rope_type": parameters.get("rope_type", "default")}
+            self.rope_scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
 
     def validate_layer_type(self) -> None:
         """Checks the layer types against this format's names.
@@ -132,8 +134,17 @@ class JetNemotronConfig(PretrainedConfig):
             )
         if self.softmax_head_dim % 2 or self.softmax_head_dim < 1:
             raise ValueError(f"head_dim={self.softmax_head_dim} is not even, as rotary embeddings need")
-        if (self.rope_scaling or {}).get("rope_type", "default") != "default":
-            raise ValueError(f"rope_scaling={self.rope_scaling} is not supported, only null")
+        self._check_rope_scaling()
+
+    def _check_rope_scaling(self) -> None:
+        scaling = self.rope_scaling or {}
+        rope_type = scaling.get("rope_type", "default")
+        if rope_type not in self.known_rope_types:
+            raise ValueError(f"rope_scaling={scaling} is not supported, only {', '.join(self.known_rope_types)}")
+        for name in LLAMA3_SCALING if rope_type == "llama3" else ():
+            value = scaling.get(name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+                raise ValueError(f"rope_scaling.{name}={value!r} is not a positive number")
 
     @property
     def softmax_head_dim(self) -> int:
@@ -190,10 +201,12 @@ class MegatronJetConfig(JetNemotronConfig):
         head_dim: width of a softmax head, when it is not hidden_size / num_attention_heads.
         qkv_bias: whether the softmax layers' Q, K and V projections have biases.
         qk_norm: whether the softmax layers normalise each query and key head (RMSNorm).
+        rope_scaling: also Llama 3's, {"rope_type": "llama3", "factor": ..., ...} as in its config.json.
     """
 
     model_type = "megatron_jet"
     known_mixers = ("jet", "swa", "attn", "gated_delta_net", "gla")
+    known_rope_types = ("default", "llama3")
 
     head_dim: int | None = None
     qkv_bias: bool = True
