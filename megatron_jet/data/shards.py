@@ -105,6 +105,7 @@ def read_shard(directory: Path, shard: ShardInfo) -> list[Sample]:
 
 
 def _samples(path: Path) -> Iterator[Sample]:
-    dataset = wds.WebDataset([str(path)], shardshuffle=False, empty_check=False).decode()
+    # Every rank reads the whole shard, since the loader itself deals sequences out to ranks.
+    dataset = wds.WebDataset([str(path)], shardshuffle=False, empty_check=False, nodesplitter=None).decode()
     for row in dataset:
         yield Sample(row["tokens.npy"], row.get("mask.npy"))
