@@ -4,6 +4,7 @@ Conversion and student initialisation work on whole tensors and need no model, n
 written here loads at any tensor- and pipeline-parallel layout, as a checkpoint saved by Megatron does.
 """
 
+import glob
 import io
 import os
 import shutil
@@ -168,11 +169,17 @@ def _without_process_group() -> Iterator[None]:
 
 @contextmanager
 def replaced_directory(path: str | Path) -> Iterator[Path]:
-    """A temporary directory that takes the place of `path` when the block ends well, and vanishes when it does not."""
+    """A temporary directory that takes the place of `path` when the block ends well, and vanishes when it does not.
+
+    What a kill left of an earlier attempt at the same path is removed.
+    """
     path = Path(path)
+    prefix = f".{path.name}.partial-"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        for leftover in path.parent.glob(f"{glob.escape(prefix)}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     try:

@@ -36,7 +36,7 @@ def model_card(model: ModelConfig, *, teacher: str, recipe: str, scores: Scores 
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)",
-        "tokenizer = AutoTokenizer.from_pretrained(path)",
+        "tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)  # it reads config.json as well",
         "```",
     ]
     if scores is not None:

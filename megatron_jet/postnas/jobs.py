@@ -105,9 +105,7 @@ def _first_weights_path(ctx: StageContext, stage: str, name: str, start: Start) 
 def _write_first_weights(
     ctx: StageContext, path: Path, model: ModelConfig, start: Start, choices: Choices | None
 ) -> None:
-    """Rank 0 only. Removes what a kill left of an earlier attempt."""
-    for leftover in path.parent.glob(f".{path.name}.*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    """Rank 0 only."""
     if (path / COMPLETE_MARK).is_file():
         return
     if start.inside_supernet:

@@ -81,12 +81,12 @@ def config(root: Path, **changes) -> RunConfig:
     """The tiny recipe shrunk, with teacher and data under `root` (made by `write_inputs`)."""
     base = tiny()
     small = {"num_heads": 2, "head_dim": 8, "expand_v": 2.0}
-    ungated = {name: mixer.replace(**small) for name, mixer in base.mixers.items()}
+    mixers = {name: mixer.replace(**small) for name, mixer in base.mixers.items()}
     whole = ("*.self_attention.*",)
-    return base.replace(
+    shrunk = base.replace(
         teacher=TeacherConfig(path=str(root / "teacher")),
         data=DataConfig(path=str(root / "data")),
-        mixers=ungated,
+        mixers=mixers,
         placement=base.placement.replace(
             training=training(4),
             compare_training=training(2),
@@ -108,8 +108,8 @@ def config(root: Path, **changes) -> RunConfig:
         stage1=base.stage1.replace(training=training(4, trainable=whole, validation_interval=2), eval=EVAL),
         stage2=base.stage2.replace(training=training(3, trainable=("*",), validation_interval=0), eval=EVAL),
         evaluate=base.evaluate.replace(eval=EVAL, throughput=ANALYTIC.replace(contexts=(64, 128))),
-        **changes,
     )
+    return shrunk.replace(**changes)
 
 
 def write_inputs(root: Path) -> None:
