@@ -54,8 +54,8 @@ def tiny() -> RunConfig:
         },
         placement=PlacementConfig(
             training=_training(150),
-            # Gated DeltaNet, not the paper's GLA: its short convolutions look at the previous token, which GLA takes far
-            # more than these tokens to learn, and without which no placement of two layers can recall anything.
+            # Gated DeltaNet, not the paper's GLA: its short convolutions look at the previous token. GLA takes far more
+            # than these tokens to learn that, and without it no placement of two layers can recall anything.
             linear="gated_delta_net",
             full_layers={0: 1, 1: 2, 2: 3, 3: 1, 4: 1},
             budget=2,
