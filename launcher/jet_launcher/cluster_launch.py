@@ -2,28 +2,48 @@
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from jet_launcher.clusters import load_cluster
+from jet_launcher.clusters import load_cluster, read_cluster, ssh_tunnel
 from jet_launcher.exit_codes import DONE
 from jet_launcher.options import LaunchOptions, check_inputs
 from jet_launcher.prefetch import refuse_missing
+from jet_launcher.remote import launch_remotely
 from jet_launcher.run_directory import RunDirectory, check_directory, open_run
 from jet_launcher.slurm.launch import Target, dry_run, live_jobs, submit_run, wait_for
 from jet_launcher.slurm.overview import job_views, run_word
 from jet_launcher.slurm.record import read_record
+from megatron_jet.configs.cluster import TunnelConfig
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.run import RunConfig
 from megatron_jet.configs.teacher_source import expand_paths, teacher_model
 
 
-def load_target(name: str) -> Target | None:
+@dataclass(frozen=True)
+class RemoteTarget:
+    """A cluster whose login node is reached by SSH.
+
+    Attributes:
+        description: the cluster file as it is written; its `${VAR}` belong to the login node.
+    """
+
+    name: str
+    tunnel: TunnelConfig
+    description: dict[str, Any]
+
+
+def load_target(name: str) -> Target | RemoteTarget | None:
     """The cluster of this name or file; None when it is this machine."""
+    tunnel = ssh_tunnel(name)
+    if tunnel is not None:
+        return RemoteTarget(name, tunnel, read_cluster(name)[1])
     cluster = load_cluster(name)
     return None if cluster.scheduler == "local" else Target(name, cluster)
 
 
-def cluster_of(run: RunDirectory, asked: str | None) -> Target | None:
+def cluster_of(run: RunDirectory, asked: str | None) -> Target | RemoteTarget | None:
     """Where a run is to be continued: as asked, or where it was before, as its cluster file is now."""
     if asked is not None:
         return load_target(asked)
@@ -36,8 +56,12 @@ def cluster_of(run: RunDirectory, asked: str | None) -> Target | None:
         return Target(record.name, record.cluster)  # the file is gone; the run has a copy
 
 
-def launch_on_cluster(config: RunConfig, stages: tuple[str, ...], options: LaunchOptions, target: Target) -> int:
+def launch_on_cluster(
+    config: RunConfig, stages: tuple[str, ...], options: LaunchOptions, target: Target | RemoteTarget
+) -> int:
     """`run` on a cluster. Returns the exit code."""
+    if isinstance(target, RemoteTarget):
+        return launch_remotely(config, stages, options, target.tunnel, target.description)
     root = Path(target.cluster.job_dir) if target.cluster.job_dir else options.root
     if options.dryrun:
         return _dry_run(config, stages, options, target, root)
@@ -51,9 +75,15 @@ def launch_on_cluster(config: RunConfig, stages: tuple[str, ...], options: Launc
 
 
 def continue_on_cluster(
-    run: RunDirectory, config: RunConfig, stages: tuple[str, ...], options: LaunchOptions, target: Target
+    run: RunDirectory,
+    config: RunConfig,
+    stages: tuple[str, ...],
+    options: LaunchOptions,
+    target: Target | RemoteTarget,
 ) -> int:
     """Submit what is missing of a run, and wait for it if asked. Returns the exit code."""
+    if isinstance(target, RemoteTarget):
+        raise UserError(f"{run.id} is here, but cluster '{target.name}' is behind SSH; start a new run there")
     stream = sys.stderr if options.as_json else sys.stdout
     record = submit_run(run, config, check_inputs(config), stages, target, stream)
     code = wait_for(run, stream) if options.wait else DONE

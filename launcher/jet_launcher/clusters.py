@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_jet.configs.cluster import ClusterConfig
+from megatron_jet.configs.cluster import ClusterConfig, TunnelConfig
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.overrides import load_yaml
 
@@ -28,11 +28,26 @@ def load_cluster(name_or_file: str, environment: Mapping[str, str] = os.environ)
     Raises:
         UserError: no such cluster, not YAML, an unknown key or a bad value, or an unset variable.
     """
+    path, data = read_cluster(name_or_file, environment)
+    return ClusterConfig.parse(expand(data, environment, str(path)), str(path))
+
+
+def read_cluster(name_or_file: str, environment: Mapping[str, str] = os.environ) -> tuple[Path, dict[str, Any]]:
+    """A cluster file as it is written. Raises UserError when there is none or it is no YAML mapping."""
     path = find_cluster(name_or_file, environment)
     data = load_yaml(path)
     if not isinstance(data, dict):
         raise UserError(f"{path}: a cluster file is a mapping, one `field: value` per line")
-    return ClusterConfig.parse(expand(data, environment, str(path)), str(path))
+    return path, data
+
+
+def ssh_tunnel(name_or_file: str, environment: Mapping[str, str] = os.environ) -> TunnelConfig | None:
+    """The tunnel of a cluster behind SSH; None for one that is here. Its `${VAR}` come from this machine."""
+    path, data = read_cluster(name_or_file, environment)
+    tunnel = data.get("tunnel")
+    if not isinstance(tunnel, dict) or tunnel.get("kind") != "ssh":
+        return None
+    return TunnelConfig.parse(expand(tunnel, environment, str(path), ("tunnel",)), f"{path}: tunnel")
 
 
 def find_cluster(name_or_file: str, environment: Mapping[str, str] = os.environ) -> Path:

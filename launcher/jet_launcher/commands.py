@@ -16,7 +16,8 @@ from jet_launcher.lock import lock_holder
 from jet_launcher.logs import show_log
 from jet_launcher.processes import worker_environment
 from jet_launcher.progress import describe, describe_end
-from jet_launcher.run_directory import find_run, list_runs
+from jet_launcher.remote import remote_of
+from jet_launcher.run_directory import RunDirectory, find_run, list_runs
 from jet_launcher.slurm.commands import cluster_cancel, cluster_logs, cluster_status
 from jet_launcher.slurm.overview import job_views, run_word
 from jet_launcher.slurm.record import read_record
@@ -33,8 +34,7 @@ def list_command(root: Path, as_json: bool) -> int:
     rows = []
     for run in list_runs(root):
         try:
-            statuses, record = read_run(run), read_record(run)
-            state = run_word(job_views(run, record)) if record else run_state(run, statuses)
+            statuses, state = read_run(run), state_of(run)
             recipe = run.config().recipe
         except UserError as error:
             # One run of an older version must not hide the others.
@@ -63,7 +63,9 @@ def list_command(root: Path, as_json: bool) -> int:
 def status_command(run_id: str, root: Path, as_json: bool) -> int:
     """Stages of one run."""
     run = find_run(run_id, root)
-    record = read_record(run)
+    remote, record = remote_of(run), read_record(run)
+    if remote is not None:
+        return remote.forward("status", *(["--json"] if as_json else []))
     if record is not None:
         return cluster_status(run, record, as_json)
     statuses = read_run(run)
@@ -90,8 +92,10 @@ def status_command(run_id: str, root: Path, as_json: bool) -> int:
 def logs_command(run_id: str, stage: str | None, follow: bool, root: Path) -> int:
     """Log of a stage."""
     run = find_run(run_id, root)
-    record = read_record(run)
+    remote, record = remote_of(run), read_record(run)
     try:
+        if remote is not None:
+            return remote.forward("logs", *([stage] if stage else []), *(["-f"] if follow else []))
         if record is not None:
             return cluster_logs(run, record, stage, follow, sys.stdout)
         show_log(run, stage, follow, sys.stdout)
@@ -104,6 +108,9 @@ def logs_command(run_id: str, stage: str | None, follow: bool, root: Path) -> in
 def report_command(run_id: str, root: Path) -> int:
     """Write the report of a run, finished or not."""
     run = find_run(run_id, root)
+    remote = remote_of(run)
+    if remote is not None:
+        return remote.forward("report")
     command = [sys.executable, "-m", "megatron_jet.evaluation.report.build", str(run.path)]
     result = subprocess.run(command, env=worker_environment(1, ROOT), check=False)
     return DONE if result.returncode == 0 else FAILED
@@ -113,7 +120,9 @@ def cancel_command(run_id: str, root: Path) -> int:
     """Stop a run: its worker saves and leaves."""
     run = find_run(run_id, root)
     holder = lock_holder(run.lock_file)
-    record = read_record(run)
+    remote, record = remote_of(run), read_record(run)
+    if remote is not None:
+        return remote.forward("cancel")
     if record is not None and holder is None:
         return cluster_cancel(run, record)
     if holder is None:
@@ -136,6 +145,9 @@ def cancel_command(run_id: str, root: Path) -> int:
 def clean_command(run_id: str, root: Path, everything: bool, dryrun: bool) -> int:
     """Remove checkpoints that nothing needs any more, or the whole run."""
     run = find_run(run_id, root)
+    remote = remote_of(run)
+    if remote is not None:
+        return remote.forward("clean", *(["--all"] if everything else []), *(["--dryrun"] if dryrun else []))
     freed = 0
     for path in removable(run, everything):
         size = size_of(path)
@@ -145,6 +157,14 @@ def clean_command(run_id: str, root: Path, everything: bool, dryrun: bool) -> in
             remove(path)
     print(f"{format_bytes(freed)} {'would be freed' if dryrun else 'freed'}")
     return DONE
+
+
+def state_of(run: RunDirectory) -> str:
+    """One word for a run, wherever it is."""
+    if remote_of(run) is not None:
+        return "remote"
+    record = read_record(run)
+    return run_word(job_views(run, record)) if record else run_state(run, read_run(run))
 
 
 def _ago(moment: float | None) -> str:

@@ -18,6 +18,7 @@ from jet_launcher.options import LaunchOptions, check_inputs
 from jet_launcher.processes import worker_command
 from jet_launcher.progress import make_display
 from jet_launcher.provenance import last_stages, record_launch
+from jet_launcher.remote import remote_of
 from jet_launcher.run_directory import (
     RunDirectory,
     check_directory,
@@ -61,6 +62,10 @@ def launch(recipe: str, overrides: list[str], options: LaunchOptions) -> int:
 def resume(run_id: str, options: LaunchOptions) -> int:
     """Go on with a run: the stages of its last launch that are not finished. Returns the exit code."""
     run = find_run(run_id, options.root)
+    remote = remote_of(run)
+    if remote is not None:
+        flags = [flag for flag, on in (("--wait", options.wait), ("--json", options.as_json)) if on]
+        return remote.forward("resume", *(["--stages", options.stages] if options.stages else []), *flags)
     config = run.config()
     stages = choose_stages(config, options.stages or last_stages(run))
     target = cluster_of(run, options.cluster)

@@ -116,7 +116,8 @@ def _outcome(run: RunDirectory, statuses: list[StageStatus], code: int, started:
     if not failed and (interrupted or code == INTERRUPTED):
         return Outcome(INTERRUPTED, f"interrupted{_where(stopped)}; {resume}")
     log = run.stage(stopped.stage) / "log.txt" if stopped is not None else run.log_file
-    if stopped is not None and failed and stopped.error:
+    # A rank that was killed explains more than what the others said when they lost it.
+    if failed and stopped.error and code >= 0:
         return Outcome(FAILED, f"{stopped.stage} failed: {stopped.error} (log: {log}); after the repair {resume}")
     message = f"the worker {_death(code)}{_where(stopped)} (log: {log}); {resume}"
     return Outcome(FAILED, message, log_tail(log, SHOWN_LOG_LINES))

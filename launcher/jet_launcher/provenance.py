@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jet_launcher.run_directory import RunDirectory
-from megatron_jet.configs.files import hash_json, write_json
+from megatron_jet.configs.files import hash_json, read_json, write_json
 from megatron_jet.configs.run import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,6 +47,9 @@ def last_stages(run: RunDirectory) -> str | None:
 
 def git_state(root: Path) -> dict[str, Any]:
     """Revision, uncommitted changes as a diff, and untracked files; `revision` is None outside a checkout."""
+    copied = root / "git_state.json"
+    if copied.is_file():
+        return read_json(copied)  # a copy of a checkout: as it was where it was copied
     revision = _git(root, "rev-parse", "HEAD")
     if revision is None:
         return {"revision": None, "dirty": None, "diff": "", "untracked": []}

@@ -150,7 +150,7 @@ def _explained(view: JobView, by_name: dict[str, JobView]) -> JobView:
         return view
     culprit = _culprit(view, by_name)
     note = f"not started: {culprit.job.name} {culprit.state}" if culprit else "cancelled"
-    if culprit is not None and culprit.note:
+    if culprit is not None and culprit.note and culprit.state != CANCELLED:
         note += f" ({culprit.note})"
     return JobView(**{**view.__dict__, "note": note})
 

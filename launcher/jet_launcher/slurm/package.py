@@ -48,7 +48,7 @@ def ship_code(root: Path, run_dir: Path) -> ShippedCode:
             f"the code that ships with a job would be {format_bytes(total)}; the largest file is {largest} ({size}): "
             "move it out of the checkout or add it to .gitignore"
         )
-    digest = _digest(root, files)
+    digest = code_digest(root, files)
     target = run_dir / "code" / digest[:12]
     if not target.is_dir():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -81,6 +81,8 @@ def code_files(root: Path) -> list[str]:
 
 
 def _git_files(root: Path) -> list[str] | None:
+    if not (root / ".git").exists():
+        return None  # a copy; a repository further up is somebody else's
     command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         done = subprocess.run(command, capture_output=True, timeout=120)
@@ -89,7 +91,8 @@ def _git_files(root: Path) -> list[str] | None:
     return list(filter(None, os.fsdecode(done.stdout).split("\0"))) if done.returncode == 0 else None
 
 
-def _digest(root: Path, files: list[str]) -> str:
+def code_digest(root: Path, files: list[str]) -> str:
+    """SHA-256 over names, modes and contents."""
     digest = hashlib.sha256()
     for name in files:
         path = root / name

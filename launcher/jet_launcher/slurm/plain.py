@@ -14,7 +14,7 @@ from jet_launcher.options import check_inputs
 from jet_launcher.run_directory import RunDirectory, find_run, open_run
 from jet_launcher.slurm.experiment import check_path
 from jet_launcher.slurm.graph import Job, build_graph
-from jet_launcher.slurm.launch import ROOT, job_place
+from jet_launcher.slurm.launch import ROOT, Target, job_place
 from jet_launcher.slurm.package import ship_code
 from jet_launcher.slurm.scripts import JobPlace, sbatch_options, setup_lines, step_script
 from megatron_jet.configs.candidates import split_target
@@ -34,8 +34,8 @@ def plan(cluster_name: str, run_dir: str, target: str, recipe: list[str]) -> lis
         UserError: unknown cluster, stage or candidate, a run directory that is missing or holds another config.
     """
     chosen = load_target(cluster_name)
-    if chosen is None:
-        raise UserError(f"cluster '{cluster_name}' is this machine, which has no sbatch; give a cluster with Slurm")
+    if not isinstance(chosen, Target):
+        raise UserError(f"cluster '{cluster_name}' does not run sbatch here; give one with Slurm and a local tunnel")
     run, config = _run(run_dir, recipe)
     check_path("run directory", run.path.resolve())
     job = _job(config, target, chosen.cluster)

@@ -1,0 +1,169 @@
+"""What users see of their jobs, from what Slurm's commands print."""
+
+import time
+
+import pytest
+
+from jet_launcher.run_directory import RunDirectory
+from jet_launcher.slurm import overview, state
+from jet_launcher.slurm.graph import Job
+from jet_launcher.slurm.overview import job_views, run_word, views_text
+from jet_launcher.slurm.record import ClusterRecord
+from jet_launcher.slurm.state import SlurmJob, merge, parse_sacct, parse_squeue
+from megatron_jet.configs.cluster import ClusterConfig
+from megatron_jet.configs.files import write_json
+from megatron_jet.configs.training import ParallelConfig
+
+SQUEUE = """12|RUNNING|None|n[1-2]|2026-11-21T06:00:00
+13|PENDING|Dependency||N/A
+14|PENDING|BeginTime||2026-11-21T06:02:00
+15|CANCELLED|None||2026-11-21T06:02:00
+"""
+SACCT = """12|NODE_FAIL|0:0|100|2|n[3-4]
+12|RUNNING|0:0|50|2|n[1-2]
+16|CANCELLED by 0|0:0|0|1|None assigned
+17|FAILED|1:0|30|1|n1
+18|COMPLETED|0:0|7|1|n1
+18.batch|COMPLETED|0:0|7|1|n1
+"""
+
+
+def test_squeue_and_sacct_together():
+    ids = ["12", "13", "14", "15", "16", "17", "18", "19"]
+    jobs = merge(ids, parse_squeue(SQUEUE), parse_sacct(SACCT))
+    words = [jobs[i].state for i in ids]
+    assert words == ["running", "pending", "pending", "cancelled", "cancelled", "failed", "done", "unknown"]
+    assert jobs["12"].node_seconds == 300.0, "both attempts, two nodes each"
+    assert (jobs["12"].nodes, jobs["14"].start) == ("n[1-2]", "2026-11-21T06:02:00")
+    assert jobs["17"].reason == "exit code 1:0"
+    assert jobs["16"].node_seconds == 0.0
+
+
+def test_every_word_of_slurm_has_a_meaning():
+    for word in ("TIMEOUT", "OUT_OF_MEMORY", "PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "DEADLINE"):
+        assert parse_sacct(f"1|{word}|0:0|1|1|n1")["1"].state == "failed"
+    for word in ("CONFIGURING", "COMPLETING", "SUSPENDED"):
+        assert parse_squeue(f"1|{word}|None|n1|N/A")["1"].live
+
+
+def test_no_slurm_here(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert state.query_jobs(["1"]) == {"1": SlurmJob("1")}
+
+
+def job(name: str, *depends: str, gpus: int = 8) -> dict:
+    layout = ParallelConfig().to_dict()
+    fields = {"name": name, "target": name, "stage": name, "nodes": 2, "nproc": 8, "gpus": gpus, "depends": depends}
+    return {**fields, "layout": layout, "tokens": 0, "gpu_hours": None}
+
+
+@pytest.fixture
+def views_of(tmp_path, monkeypatch):
+    """Views of three chained jobs 1, 2, 3 for what Slurm says about them."""
+    chain = [job("stage1"), job("stage2", "stage1"), job("export", "stage2")]
+    rows = [{"job_id": str(i + 1), "job": row} for i, row in enumerate(chain)]
+    record = ClusterRecord("c", ClusterConfig(), [{"experiment": "e_1", "nemorun_home": "/h", "jobs": rows}])
+    run = RunDirectory(tmp_path)
+
+    def views(*slurm: SlurmJob):
+        monkeypatch.setattr(overview, "query_jobs", lambda ids: {job.job_id: job for job in slurm})
+        return job_views(run, record)
+
+    views.path = tmp_path
+    return views
+
+
+def attempt(path, name: str, *lines: str) -> None:
+    folder = path / "cluster" / "attempts"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.log").write_text("\n".join(lines) + "\n")
+
+
+def test_failed_stage_tells_its_dependents_why(views_of):
+    attempt(
+        views_of.path,
+        "stage1",
+        "1 start 1 0 0-0 2 n[1-2]",
+        "2 end 1 0 0-0 1 crashed",
+        "3 failed 1 0 0-0 1 crashed, twice",
+    )
+    write_json(
+        views_of.path / "stages" / "stage1" / "status.json", {"state": "failed", "message": "ValueError: no data"}
+    )
+    views = views_of(
+        SlurmJob("1", "failed", "FAILED", "", "n[1-2]", "", 3600.0),
+        SlurmJob("2", "cancelled"),
+        SlurmJob("3", "cancelled"),
+    )
+    assert views[0].note == "crashed, twice: ValueError: no data"
+    assert views[0].gpu_hours == 8.0
+    assert views[2].note == "not started: stage1 failed (crashed, twice: ValueError: no data)"
+    assert run_word(views) == "failed"
+    assert "not started: stage1 failed" in views_text(views)
+
+
+def test_job_that_waits_for_its_restart(views_of):
+    attempt(views_of.path, "stage1", "1 start 1 0 0-0 2 n[1-2]", "2 end 1 0 0-0 75 interrupted, saved")
+    views = views_of(
+        SlurmJob("1", "pending", "PENDING", "BeginTime"), SlurmJob("2", "pending"), SlurmJob("3", "pending")
+    )
+    assert views[0].restarts == 1
+    assert views[0].note == "waits to go on after: interrupted, saved (BeginTime)"
+    assert run_word(views) == "pending"
+
+
+def test_running_job_shows_its_progress(views_of):
+    now = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
+    status = {"state": "running", "step": 20, "total_steps": 100, "losses": {"kl": 0.5}, "measured": {"seconds": 10}}
+    status |= {"first_step": 0, "first_step_at": "2026-01-01T00:00:00+00:00", "updated": now}
+    write_json(views_of.path / "stages" / "stage1" / "status.json", status)
+    views = views_of(
+        SlurmJob("1", "running", "RUNNING", "", "n[1-2]"), SlurmJob("2", "pending"), SlurmJob("3", "pending")
+    )
+    row = next(line for line in views_text(views).splitlines() if line.startswith("stage1"))
+    for word in ("running", "n[1-2]", "step 20/100", "kl 0.5", "left"):
+        assert word in row
+
+
+def test_done_needs_a_result(views_of):
+    done = [SlurmJob(str(i), "done", "COMPLETED") for i in (1, 2, 3)]
+    assert [view.state for view in views_of(*done)] == ["failed"] * 3, "left with 0 but wrote nothing"
+    for name in ("stage1", "stage2", "export"):
+        write_json(views_of.path / "stages" / name / "result.json", {})
+    views = views_of(*done)
+    assert run_word(views) == "done"
+    # Slurm forgets old jobs; results stay.
+    assert run_word(views_of(*(SlurmJob(str(i)) for i in (1, 2, 3)))) == "done"
+
+
+def test_one_failed_and_others_still_running_is_running(views_of):
+    views = views_of(SlurmJob("1", "failed", "FAILED"), SlurmJob("2", "running", "RUNNING"), SlurmJob("3", "pending"))
+    assert run_word(views) == "running"
+
+
+def test_cancelled_while_running_is_not_blamed_on_others(views_of):
+    views = views_of(
+        SlurmJob("1", "cancelled", "CANCELLED", "", "n1"), SlurmJob("2", "cancelled"), SlurmJob("3", "cancelled")
+    )
+    assert views[0].note == "cancelled"
+    assert views[1].note == "not started: stage1 cancelled"
+
+
+def test_later_submission_replaces_a_job_and_its_hours_add_up(tmp_path, monkeypatch):
+    rows = [[{"job_id": i, "job": job("stage1")}] for i in ("1", "5")]
+    record = ClusterRecord("c", ClusterConfig(), [{"experiment": "e_1", "nemorun_home": "/h", "jobs": r} for r in rows])
+    assert [(entry.job.name, entry.job_id) for entry in record.jobs] == [("stage1", "5")]
+    said = {i: SlurmJob(i, "done", node_seconds=1800.0) for i in ("1", "5")}
+    monkeypatch.setattr(overview, "query_jobs", lambda ids: said)
+    assert job_views(RunDirectory(tmp_path), record)[0].gpu_hours == 8.0
+
+
+def test_candidates_stand_before_the_job_that_ranks_them():
+    rows = [
+        job("block_selection"),
+        {**job("block_selection-jet"), "stage": "block_selection", "target": "block_selection:jet"},
+    ]
+    submissions = [{"jobs": [{"job_id": str(i), "job": row} for i, row in enumerate([job("stage1"), *rows])]}]
+    names = [entry.job.name for entry in ClusterRecord("c", ClusterConfig(), submissions).jobs]
+    assert names == ["block_selection-jet", "block_selection", "stage1"]
+    assert isinstance(ClusterRecord("c", ClusterConfig(), submissions).jobs[0].job, Job)
