@@ -115,7 +115,7 @@ def test_job_that_waits_for_its_restart(views_of):
 def test_running_job_shows_its_progress(views_of):
     now = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
     status = {"state": "running", "step": 20, "total_steps": 100, "losses": {"kl": 0.5}, "measured": {"seconds": 10}}
-    status |= {"first_step": 0, "first_step_at": "2026-01-01T00:00:00+00:00", "updated": now}
+    status |= {"first_step": 0, "first_step_at": time.time() - 10, "updated": now}
     write_json(views_of.path / "stages" / "stage1" / "status.json", status)
     views = views_of(
         SlurmJob("1", "running", "RUNNING", "", "n[1-2]"), SlurmJob("2", "pending"), SlurmJob("3", "pending")
