@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fake_run import write_fake_run
 from jet_launcher.lock import lock_holder, run_lock
 from jet_launcher.logs import show_log
 from jet_launcher.progress import PlainDisplay, RichDisplay, describe, describe_end
@@ -149,6 +150,13 @@ def test_clean_keeps_what_results_name(run, launcher):
     assert unfinished.is_dir()
     assert launcher("clean", "a", "--all")[0] == 0
     assert not run.path.exists()
+
+
+def test_report_of_a_run_that_has_only_started(launcher):
+    write_fake_run(Path("runs/b"), ())
+    assert launcher("report", "b")[0] == 0
+    assert "not finished" in Path("runs/b/report.html").read_text()
+    assert launcher("status", "b")[1].splitlines()[-1] == "report: runs/b/report.html"
 
 
 def test_lock_ends_with_its_holder(tmp_path):

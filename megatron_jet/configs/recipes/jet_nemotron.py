@@ -59,13 +59,32 @@ def _training(
     )
 
 
-def _resources(hours: float) -> StageResources:
-    return StageResources(nodes=4, paper_gpu_hours=hours)
+# H100-hours of the 2B run by stage (paper, appendix); the paper gives none for 4B.
+PAPER_HOURS_2B = {
+    "placement": 808.0,
+    "block_selection": 3120.0,
+    "new_block": 624.0,
+    "hardware_search": 5616.0,
+    "stage1": 624.0,
+    "stage2": 7536.0,
+}
 
 
-def _recipe(name: str, teacher: str, budget: int, swa_budget: int, window: int, heads: tuple[int, int]) -> RunConfig:
+def _recipe(
+    name: str,
+    teacher: str,
+    budget: int,
+    swa_budget: int,
+    window: int,
+    heads: tuple[int, int],
+    paper_hours: dict[str, float],
+) -> RunConfig:
     """Both published models differ in teacher, placement budget, window and JetBlock heads only."""
     num_heads, head_dim = heads
+
+    def resources(stage: str) -> StageResources:
+        return StageResources(nodes=4, paper_gpu_hours=paper_hours.get(stage))
+
     distill = LossConfig(feature=1.0, kl=1.0)
     generation = ThroughputConfig(
         contexts=(65536,), batch_size=128, prefill_chunk=2048, new_tokens=128, iterations=10, warmup=3
@@ -83,7 +102,7 @@ def _recipe(name: str, teacher: str, budget: int, swa_budget: int, window: int, 
         parallel=ParallelConfig(),
         dtype="bf16",
         placement=PlacementConfig(
-            resources=_resources(808),
+            resources=resources("placement"),
             training=_training(50e9, 1e-3, LossConfig(feature=1.0), LINEAR_ONLY, micro_batch_size=1),
             full_layers={0: 1, 1: 2, 2: 3, 3: 2, 4: 1},
             budget=budget,
@@ -93,28 +112,28 @@ def _recipe(name: str, teacher: str, budget: int, swa_budget: int, window: int, 
             eval=EvalConfig(samples=512),
         ),
         block_selection=CandidateStageConfig(
-            resources=_resources(3120),
+            resources=resources("block_selection"),
             training=_training(50e9, 1e-3, distill, LINEAR_ONLY),
             candidates=("gla", "gated_delta_net", "jet"),
             throughput=generation,
         ),
         new_block=CandidateStageConfig(
-            resources=_resources(624),
+            resources=resources("new_block"),
             training=_training(50e9, 1e-3, distill, LINEAR_ONLY),
             candidates=("gated_delta_net", "jet"),
             throughput=generation,
         ),
         hardware_search=HardwareSearchConfig(
-            resources=_resources(5616),
+            resources=resources("hardware_search"),
             training=_training(50e9, 1e-3, distill, LINEAR_ONLY),
             grid=tuple(GridPoint(d_k=d_k, d_v=d_v, heads=n) for d_k, d_v, n in PAPER_GRID),
             throughput=generation,
         ),
         stage1=TrainStageConfig(
-            resources=_resources(624), training=_training(50e9, 1e-4, distill, ("*.self_attention.*",))
+            resources=resources("stage1"), training=_training(50e9, 1e-4, distill, ("*.self_attention.*",))
         ),
         stage2=TrainStageConfig(
-            resources=_resources(7536),
+            resources=resources("stage2"),
             training=_training(350e9, 1e-4, LossConfig(cross_entropy=1.0), ("*",)),
         ),
         export=ExportConfig(dtype="bf16"),
@@ -124,9 +143,9 @@ def _recipe(name: str, teacher: str, budget: int, swa_budget: int, window: int, 
 
 def jet_nemotron_2b() -> RunConfig:
     """Recipe `jet_nemotron_2b`: Qwen2.5-1.5B, two full-attention and two sliding-window layers (window 1152)."""
-    return _recipe("jet_nemotron_2b", "${JET_TEACHERS}/Qwen2.5-1.5B", 2, 2, 1152, (12, 96))
+    return _recipe("jet_nemotron_2b", "${JET_TEACHERS}/Qwen2.5-1.5B", 2, 2, 1152, (12, 96), PAPER_HOURS_2B)
 
 
 def jet_nemotron_4b() -> RunConfig:
     """Recipe `jet_nemotron_4b`: Qwen2.5-3B, three full-attention and seven sliding-window layers (window 2048)."""
-    return _recipe("jet_nemotron_4b", "${JET_TEACHERS}/Qwen2.5-3B", 3, 7, 2048, (16, 128))
+    return _recipe("jet_nemotron_4b", "${JET_TEACHERS}/Qwen2.5-3B", 3, 7, 2048, (16, 128), {})
