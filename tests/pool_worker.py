@@ -61,7 +61,6 @@ def run(store, rank, call, module, file, name, args, kwargs, layout, world_size,
         destroy_parallel()
 
 
-
 def load_module(name: str, file: str):
     """A module by its name, or by its file under that name: pytest's names of test modules cannot be imported."""
     if name in sys.modules:

@@ -66,7 +66,7 @@ def planned_student(config: RunConfig, teacher: ModelConfig, mixer: str | None =
             f"placement.budget={budget} and placement.swa_budget={config.placement.swa_budget} "
             f"do not fit {teacher.num_layers} layers"
         )
-    windows = dict.fromkeys(free[:config.placement.swa_budget], config.placement.swa_window)
+    windows = dict.fromkeys(free[: config.placement.swa_budget], config.placement.swa_window)
     return teacher.with_plan(hybrid_plan(teacher.num_layers, mixer, full, windows), dict(config.mixers))
 
 

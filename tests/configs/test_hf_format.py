@@ -25,9 +25,7 @@ QWEN = {
 }
 PUBLISHED_2B = QWEN | {
     "model_type": "jet_nemotron",
-    "layer_types": [
-        "attn" if i in (14, 19) else "swa" if i in (20, 21) else "jet" for i in range(28)
-    ],
+    "layer_types": ["attn" if i in (14, 19) else "swa" if i in (20, 21) else "jet" for i in range(28)],
     "efficient_attention_config": {
         "jet": {
             "mode": "chunk",
