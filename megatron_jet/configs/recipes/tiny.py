@@ -65,13 +65,13 @@ def tiny() -> RunConfig:
             eval=EvalConfig(samples=24),
         ),
         block_selection=CandidateStageConfig(
-            training=_training(40), candidates=("gla", "gated_delta_net", "jet"), throughput=generation
+            training=_training(32), candidates=("gla", "gated_delta_net", "jet"), throughput=generation
         ),
         new_block=CandidateStageConfig(
-            training=_training(40), candidates=("gated_delta_net", "jet", "jet_static"), throughput=generation
+            training=_training(32), candidates=("gated_delta_net", "jet", "jet_static"), throughput=generation
         ),
         hardware_search=HardwareSearchConfig(
-            training=_training(25),
+            training=_training(16),
             grid=tuple(
                 GridPoint(d_k=d_k, d_v=d_v, heads=heads)
                 for d_k, d_v, heads in ((16, 64, 4), (32, 32, 4), (64, 16, 4), (32, 64, 2), (16, 32, 8))
