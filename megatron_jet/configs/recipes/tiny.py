@@ -53,7 +53,7 @@ def tiny() -> RunConfig:
             "jet": JetBlockConfig(num_heads=4, head_dim=32, expand_v=1.0),
         },
         placement=PlacementConfig(
-            training=_training(150),
+            training=_training(120),
             # Gated DeltaNet, not the paper's GLA: its short convolutions look at the previous token. GLA takes far more
             # than these tokens to learn that, and without it no placement of two layers can recall anything.
             linear="gated_delta_net",
@@ -62,7 +62,7 @@ def tiny() -> RunConfig:
             swa_budget=1,
             swa_window=32,
             compare_training=_training(20),
-            eval=EvalConfig(samples=24),
+            eval=EvalConfig(samples=16),
         ),
         block_selection=CandidateStageConfig(
             training=_training(32), candidates=("gla", "gated_delta_net", "jet"), throughput=generation
@@ -78,17 +78,17 @@ def tiny() -> RunConfig:
             ),
             throughput=generation,
         ),
-        stage1=TrainStageConfig(init="search", training=_training(120, trainable=ALL_MIXERS, validation_interval=40)),
+        stage1=TrainStageConfig(init="search", training=_training(100, trainable=ALL_MIXERS, validation_interval=40)),
         stage2=TrainStageConfig(
             training=_training(
-                60, lr=3e-4, trainable=("*",), loss=LossConfig(kl=0.5, cross_entropy=1.0), validation_interval=20
+                48, lr=3e-4, trainable=("*",), loss=LossConfig(kl=0.5, cross_entropy=1.0), validation_interval=20
             )
         ),
         export=ExportConfig(dtype="fp32"),
         evaluate=EvaluateConfig(
             eval=EvalConfig(samples=64),
             throughput=ThroughputConfig(
-                contexts=(1024, 4096, 16384), batch_size=4, prefill_chunk=512, new_tokens=16, iterations=3
+                contexts=(1024, 4096, 8192), batch_size=1, prefill_chunk=512, new_tokens=16, iterations=3
             ),
         ),
     )
