@@ -182,7 +182,8 @@ def test_two_processes_interrupted(start_launcher, teacher):
 def test_ranks_end_when_their_agent_is_killed(start_launcher, teacher):
     process = start_launcher(*run_arguments(teacher, "runs/a", "nproc=2"), STAND_IN="placement=wait")
     wait_for(lambda: stage_state("runs/a", "placement") == "running")
-    (agent,) = processes_named("torch.distributed.run")
+    # Other runs on this machine have agents as well.
+    (agent,) = set(processes_named("torch.distributed.run")) & set(processes_named(str(Path("runs/a").resolve())))
     os.kill(agent, signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1, err
