@@ -111,11 +111,14 @@ def _named(what: str, names: list[str]) -> str:
     return f"tensors {what}: {', '.join(sorted(names)[:3])}{more}"
 
 
+COMPANION_STEMS = ("config", "generation_config", "tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_")
+
+
 def copy_companions(source: Path, out: Path, skip: tuple[str, ...] = ()) -> None:
-    """Copy the small text files that are neither weights nor code: configs and the tokenizer."""
+    """Copy the config and tokenizer files; weights, code and what else lies beside them stay."""
     out.mkdir(exist_ok=True)
     for path in sorted(source.iterdir()):
-        weights = path.name.endswith(".index.json") or path.name.startswith("pytorch_model")
         text = path.suffix in (".json", ".txt", ".model", ".jinja", ".tiktoken")
-        if path.is_file() and text and not weights and path.name not in skip:
+        named = path.name.startswith(COMPANION_STEMS) or path.suffix in (".model", ".tiktoken")
+        if path.is_file() and text and named and path.name not in skip:
             shutil.copyfile(path, out / path.name)
