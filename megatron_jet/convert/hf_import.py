@@ -18,6 +18,18 @@ from megatron_jet.model.param_table import param_table
 
 COMPANIONS = "hf"  # folder beside the weights with config.json, tokenizer and the like, as they were
 
+# Names of the files that make a tokenizer and a config.
+COMPANION_STEMS = (
+    "config",
+    "generation_config",
+    "tokenizer",
+    "special_tokens",
+    "added_tokens",
+    "vocab",
+    "merges",
+    "chat",
+)
+
 
 def import_hf(hf_dir: str | Path, out: str | Path, *, force: bool = False) -> ModelConfig:
     """Convert a Hugging Face checkpoint. Needs memory for one tensor at a time.
@@ -109,9 +121,6 @@ def _named(what: str, names: list[str]) -> str:
         return ""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"tensors {what}: {', '.join(sorted(names)[:3])}{more}"
-
-
-COMPANION_STEMS = ("config", "generation_config", "tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_")
 
 
 def copy_companions(source: Path, out: Path, skip: tuple[str, ...] = ()) -> None:
