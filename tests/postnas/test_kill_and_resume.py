@@ -1,9 +1,9 @@
 """kill -9 of a worker anywhere, one process or two: the rerun ends like a run that was left alone."""
 
 import pytest
-from kill_points import KillPoint, run_stages
 
 import miniature
+from kill_points import KillPoint, run_stages
 from megatron_jet.configs.files import read_json
 from megatron_jet.postnas.stage import strip_measured
 from pool import WorkerFailure
