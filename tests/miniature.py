@@ -89,6 +89,7 @@ def config(root: Path, **changes) -> RunConfig:
         mixers=mixers,
         placement=base.placement.replace(
             training=training(4),
+            linear="gla",
             compare_training=training(2),
             full_layers={0: 1, 1: 2, 2: 1},
             budget=1,
@@ -105,7 +106,9 @@ def config(root: Path, **changes) -> RunConfig:
             throughput=ANALYTIC,
             eval=EVAL,
         ),
-        stage1=base.stage1.replace(training=training(4, trainable=whole, validation_interval=2), eval=EVAL),
+        stage1=base.stage1.replace(
+            training=training(4, trainable=whole, validation_interval=2), eval=EVAL, init="teacher"
+        ),
         stage2=base.stage2.replace(training=training(3, trainable=("*",), validation_interval=0), eval=EVAL),
         evaluate=base.evaluate.replace(eval=EVAL, throughput=ANALYTIC.replace(contexts=(64, 128))),
     )
