@@ -45,7 +45,8 @@ def scores(recall: float, choice: float, copy: float, text: float) -> Scores:
     """Scores whose losses follow their accuracies."""
     accuracy = {"recall": recall, "choice": choice, "copy": copy}
     loss = {task: -math.log(max(value, 0.01)) for task, value in accuracy.items()}
-    return Scores(accuracy=accuracy, loss={**loss, "text": text})
+    error = {task: math.sqrt(max(0.0, value * (1 - value)) / 100) for task, value in accuracy.items()}
+    return Scores(accuracy=accuracy, loss={**loss, "text": text}, error=error)
 
 
 def placed(full: tuple[int, ...], bonus: float = 0.0) -> Scores:

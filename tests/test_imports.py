@@ -16,13 +16,15 @@ MAY_IMPORT = {
     "jet_kernels": (),
     "mixers": ("jet_kernels", "configs"),
     "model": ("mixers",),
-    "data": ("configs",),
+    "data": ("configs", "tasks"),  # shards of the synthetic tasks
     "tasks": ("configs",),
+    "tasks.evalset": ("tasks", "data"),  # reads its sequences from shards
     "training": ("model", "data"),
     "convert": ("model", "mixers", "convert.hf"),
     "convert.hf": (),
-    "convert.verify": ("convert", "training"),  # runs the Megatron model beside the HF model
-    "evaluation": ("convert", "tasks"),
+    "convert.verify": ("convert.verify_worker",),  # runs the Megatron model beside the HF model
+    "convert.verify_worker": ("convert", "training"),
+    "evaluation": ("convert", "tasks.evalset"),
     "postnas": ("training", "convert", "evaluation"),
     "run_stage": ("postnas",),
     "teacher": ("training", "convert", "evaluation"),
@@ -33,7 +35,7 @@ ONLY_THIRD_PARTY = {
     "configs": {"pydantic", "pydantic_core", "yaml"},
     "jet_kernels": {"torch", "triton", "fla"},
     "convert.hf": {"torch", "transformers", "huggingface_hub", "fla"},
-    "jet_launcher": {"pydantic", "yaml", "typer", "rich", "numpy", "nemo_run"},
+    "jet_launcher": {"pydantic", "yaml", "typer", "rich", "numpy", "nemo_run", "huggingface_hub"},
     "evaluation.report": {"jinja2", "matplotlib", "numpy", "markupsafe"},
 }
 

@@ -88,7 +88,7 @@ def run_export(args: argparse.Namespace) -> int:
 
 def run_verify(args: argparse.Namespace) -> int:
     from megatron_jet.configs.training import ParallelConfig
-    from megatron_jet.convert.verify import first_different, verify
+    from megatron_jet.convert.verify.compare import first_different, verify
 
     rows = verify(args.hf_dir, args.checkpoint, ParallelConfig(tensor=args.tp, pipeline=args.pp))
     different = first_different(rows, args.tolerance)

@@ -5,6 +5,9 @@ import argparse
 import json
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / shelf) for shelf in (".", "kernels")]
@@ -28,7 +31,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("hf_dir", metavar="HF_DIR", help="model directory with config, safetensors and tokenizer")
+    parser.add_argument(
+        "hf_dir",
+        metavar="HF_DIR",
+        help="model directory with config, safetensors and tokenizer, or a Megatron checkpoint of one",
+    )
     parser.add_argument("--tasks", metavar="A,B", default="", help="harness tasks; 'tiny' is all of this project's")
     parser.add_argument("--preset", nargs="+", metavar="NAME", default=[], help=f"the paper's: {', '.join(PRESETS)}")
     parser.add_argument("--data", metavar="DIR", help="prepared data of the tiny tasks (default: the run's)")
@@ -71,6 +78,22 @@ def data_directory(options: argparse.Namespace) -> str | None:
     return options.data
 
 
+@contextmanager
+def hf_directory(given: str) -> Iterator[str]:
+    """The directory itself, or a temporary export of it when it is a checkpoint of this project."""
+    if not (Path(given) / "model_config.json").is_file() or (Path(given) / "config.json").is_file():
+        yield given
+        return
+    from megatron_jet.training.cpu_backend import install
+
+    install()
+    from megatron_jet.convert.hf_export import export_hf
+
+    with tempfile.TemporaryDirectory() as folder:
+        export_hf(given, Path(folder) / "export")
+        yield str(Path(folder) / "export")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Evaluate, write, print. Returns the exit code."""
     options = parse_arguments(arguments)
@@ -82,23 +105,25 @@ def main(arguments: list[str] | None = None) -> int:
     from megatron_jet.evaluation.harness import EvaluationOptions, evaluate
 
     other = other_scores(options.against) if options.against else None
-    result = evaluate(
-        options.hf_dir,
-        options.tasks,
-        presets,
-        EvaluationOptions(
-            data_dir=data_directory(options),
-            split=options.split,
-            sequences=options.sequences,
-            limit=options.limit,
-            batch_size=options.batch_size,
-            dtype=options.dtype,
-            device=options.device,
-            trust_remote_code=options.trust_remote_code,
-            allow_code=options.allow_code,
-        ),
-        say=lambda line: print(line, file=sys.stderr, flush=True),
-    )
+    with hf_directory(options.hf_dir) as hf_dir:
+        result = evaluate(
+            hf_dir,
+            options.tasks,
+            presets,
+            EvaluationOptions(
+                data_dir=data_directory(options),
+                split=options.split,
+                sequences=options.sequences,
+                limit=options.limit,
+                batch_size=options.batch_size,
+                dtype=options.dtype,
+                device=options.device,
+                trust_remote_code=options.trust_remote_code,
+                allow_code=options.allow_code,
+            ),
+            say=lambda line: print(line, file=sys.stderr, flush=True),
+        )
+    result = result.replace(model=options.hf_dir)
     if options.output:
         write_json(options.output, result.to_dict())
     if options.json:

@@ -16,6 +16,7 @@ class Scores(StrictModel):
 
     accuracy: dict[str, float] = Field(description="by eval set: recall, choice, copy")
     loss: dict[str, float] = Field(description="by eval set: recall, choice, copy, text")
+    error: dict[str, float] = Field(default_factory=dict, description="standard error of the accuracy, over sequences")
 
 
 class Measured(StrictModel):

@@ -16,7 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from megatron_jet.configs.errors import UserError
-from megatron_jet.convert.hf_package import load_for_causal_lm
+from megatron_jet.configs.files import read_json
+from megatron_jet.convert.hf_package import MODELS, load_for_causal_lm
 from megatron_jet.evaluation.presets import Preset
 from megatron_jet.evaluation.result import EvaluationResult, PresetResult, TaskResult
 from megatron_jet.evaluation.tiny_tasks import PREFIX, TASKS_DIR, TINY_TASKS, write_documents
@@ -76,9 +77,11 @@ def evaluate(
         raise UserError("lm-evaluation-harness is not installed; pip install 'megatron-jet[eval]'")
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as documents:
-        manager = task_manager(documents, builtin=bool(presets) or not set(tasks) <= {"tiny", *TINY_TASKS})
-        check_names(manager, [name for name in tasks if name != "tiny"])
         _check_code(presets, options)
+        # Reading the harness's own thousands of task files takes many seconds.
+        builtin = bool(presets) or any(name != "tiny" and not name.startswith(PREFIX) for name in tasks)
+        manager = task_manager(documents, builtin)
+        check_names(manager, tasks)
         say(f"loading {hf_dir}")
         tokenizer = load_tokenizer(hf_dir, options.trust_remote_code)
         tasks = expand_tiny(tasks, options, tokenizer, Path(documents))
@@ -109,8 +112,23 @@ def evaluate(
     )
 
 
+def fetch_task_data(tasks: Sequence[str], presets: Sequence[Preset] = (), say: Callable[[str], None] = print) -> None:
+    """Download the data of harness tasks and presets into the Hugging Face cache, for machines without a network.
+
+    Raises:
+        UserError: no harness, an unknown task, or data that cannot be downloaded.
+    """
+    if find_spec("lm_eval") is None:
+        raise UserError("lm-evaluation-harness is not installed; pip install 'megatron-jet[eval]'")
+    manager = task_manager("", builtin=True)
+    check_names(manager, tasks)
+    for title, names, preset in [(name, (name,), None) for name in tasks] + [(p.name, p.tasks, p) for p in presets]:
+        _load_tasks(manager, names, preset, EvaluationOptions(allow_code=True))
+        say(f"data of {title}: is there")
+
+
 def task_manager(documents: str | Path, builtin: bool):
-    """The harness's index of tasks. The built-in thousands take seconds to read, so they are left out when unused."""
+    """The harness's index of task files: this project's, and the built-in ones if wanted."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from lm_eval.tasks import TaskManager
 
@@ -159,8 +177,13 @@ def load_tokenizer(hf_dir: str | Path, trust_remote_code: bool = False) -> PreTr
         raise UserError(f"{hf_dir}: no config.json there; give a Hugging Face checkpoint directory")
     if not any((hf_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UserError(f"{hf_dir}: no tokenizer there, so no text can be evaluated; copy the base model's files in")
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    model_class = MODELS.get(read_json(hf_dir / "config.json").get("model_type"))
     try:
-        return AutoTokenizer.from_pretrained(hf_dir, local_files_only=True, trust_remote_code=trust_remote_code)
+        if model_class is not None:
+            # transformers reads the config first, and cannot read ours without the code that lies beside it.
+            options["config"] = model_class.config_class.from_pretrained(hf_dir, local_files_only=True)
+        return AutoTokenizer.from_pretrained(hf_dir, **options)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
         raise UserError(f"{hf_dir}: the tokenizer cannot be loaded ({_one_line(error)})") from error
 
@@ -214,8 +237,8 @@ def _load_tasks(manager, names: Sequence[str], preset: Preset | None, options: E
         raise
     except (OSError, httpx.HTTPError) as error:  # connection, offline mode, no such dataset: all of datasets' own
         raise UserError(
-            f"the data of {', '.join(names)} is not on this machine and cannot be downloaded ({_one_line(error)}); "
-            "run tools/prefetch.py where there is a network, with the same HF_HOME"
+            f"the data of {', '.join(names)} is not on this machine and cannot be downloaded ({_one_line(error)}); run "
+            f"tools/prefetch.py RECIPE {_fetch_option(names, preset)} where there is a network, with the same HF_HOME"
         ) from error
     except ImportError as error:
         raise UserError(f"{', '.join(names)}: the task needs a package that is missing ({error})") from error
@@ -232,6 +255,10 @@ def _load_tasks(manager, names: Sequence[str], preset: Preset | None, options: E
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
     return loaded
+
+
+def _fetch_option(names: Sequence[str], preset: Preset | None) -> str:
+    return f"--preset {preset.name}" if preset else f"--tasks {','.join(names)}"
 
 
 def _leaves(loaded: dict[str, Any], children: Sequence[str]) -> set[str]:

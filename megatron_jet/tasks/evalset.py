@@ -1,5 +1,6 @@
 """What accuracy means: fixed sequences with scored positions, and a scorer that sees logits piece by piece."""
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from megatron_jet.data.index import read_index, split_info
 from megatron_jet.data.packing import WindowStream
 
 IGNORED = -100
+SUMS = ("loss", "correct", "scored", "rows", "scored_squared", "correct_squared", "correct_times_scored")
 MAX_SEQUENCES = 512  # of one eval set
 
 
@@ -67,7 +69,7 @@ class Scorer:
 
     def __init__(self, evalset: EvalSet):
         self.evalset = evalset
-        self._sums = {"loss": 0.0, "correct": 0.0, "scored": 0.0}
+        self._sums = dict.fromkeys(SUMS, 0.0)
 
     def update(self, rows: slice, logits: Tensor) -> None:
         """Add sequences.
@@ -81,8 +83,18 @@ class Scorer:
         picked, answers = logits[scored], labels[scored]  # [answers, vocab], [answers]
         # Sums over many tokens are taken in fp64, so that their order does not show.
         self._sums["loss"] += F.cross_entropy(picked, answers, reduction="none").double().sum().item()
-        self._sums["scored"] += float(len(answers))
-        self._sums["correct"] += float((self._predictions(picked) == answers).sum().item())
+        hits = torch.zeros_like(labels, dtype=torch.float64)
+        hits[scored] = (self._predictions(picked) == answers).double()
+        correct, total = hits.sum(-1), scored.double().sum(-1)  # [rows], [rows]
+        for name, per_row in {
+            "scored": total,
+            "correct": correct,
+            "rows": (total > 0).double(),
+            "scored_squared": total * total,
+            "correct_squared": correct * correct,
+            "correct_times_scored": correct * total,
+        }.items():
+            self._sums[name] += per_row.sum().item()
 
     def _predictions(self, logits: Tensor) -> Tensor:
         if self.evalset.metric != "choice":
@@ -100,9 +112,19 @@ class Scorer:
             self._sums[key] += value
 
     def result(self) -> dict[str, float]:
-        """Mean loss (nats per scored token), and accuracy unless the metric is loss."""
+        """Mean loss (nats per scored token); unless the metric is loss also accuracy and its standard error."""
         count = max(self._sums["scored"], 1.0)
         result = {"loss": self._sums["loss"] / count}
         if self.evalset.metric != "loss":
             result["accuracy"] = self._sums["correct"] / count
+            result["error"] = self._standard_error(result["accuracy"])
         return result
+
+    def _standard_error(self, accuracy: float) -> float:
+        """Of a ratio of sums over sequences: answers within one sequence are not independent (cluster sampling)."""
+        sums, rows = self._sums, self._sums["rows"]
+        if rows < 2:
+            return 0.0
+        residuals = sums["correct_squared"] - 2 * accuracy * sums["correct_times_scored"]
+        residuals += accuracy**2 * sums["scored_squared"]
+        return math.sqrt(max(0.0, residuals) * rows / (rows - 1)) / sums["scored"]

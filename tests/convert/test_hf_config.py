@@ -99,6 +99,7 @@ def jet(**changes):
         ({"num_key_value_heads": 3}, "num_attention_heads=4 does not divide by num_key_value_heads=3"),
         ({"head_dim": 3}, "head_dim=3 is not even"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling=.*not supported"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling=.*not supported"),
         ({"hidden_size": "16"}, "hidden_size"),
     ],
 )

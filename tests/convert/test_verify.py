@@ -9,8 +9,8 @@ from megatron_jet.configs.training import ParallelConfig
 from megatron_jet.convert.global_checkpoint import GlobalCheckpoint, write_checkpoint
 from megatron_jet.convert.hf_export import checkpoint_config
 from megatron_jet.convert.hf_import import import_hf
-from megatron_jet.convert.verify import first_different, verify
-from megatron_jet.convert.verify_worker import write_activations
+from megatron_jet.convert.verify.compare import first_different, verify
+from megatron_jet.convert.verify.worker import write_activations
 
 TOLERANCE = 1e-5  # fp32 round-off over four layers, measured at about 1e-6
 
@@ -39,7 +39,7 @@ def test_equal_models_over_four_processes(checkpoint, pool, monkeypatch):
     """The pool's workers stand in for the processes that the command starts."""
     layout = ParallelConfig(tensor=2, pipeline=2)
     monkeypatch.setattr(
-        "megatron_jet.convert.verify.run_megatron", lambda job: pool.run(write_activations, job, layout=layout)
+        "megatron_jet.convert.verify.compare.run_megatron", lambda job: pool.run(write_activations, job, layout=layout)
     )
     rows = verify(ORACLE, checkpoint, layout)
     assert len(rows) == 5 and first_different(rows, TOLERANCE) is None

@@ -38,7 +38,7 @@ def test_all_findings_of_a_whole_run(report):
         "few layers matter": SHOWS,
         "joint optimum": SHOWS_NOT,
         "tasks need different layers": SHOWS,
-        "block selection": NOISE,
+        "block selection": SHOWS,
         "JetBlock": NOISE,
         "dynamic convolution": NOISE,
         "sizes at equal cache": NOISE,
@@ -129,10 +129,13 @@ def test_no_findings_without_data(report):
     assert findings({**report, **empty}) == [] and measured_findings({**report, **empty}) == []
 
 
-def test_standard_error_of_two_shares():
-    # Two independent shares of one half over 100 sequences: sqrt(2 * 0.25 / 100).
-    assert standard_error(0.5, 0.5, 100) == pytest.approx(0.0707107, rel=1e-6)
-    assert standard_error(1.0, 1.0, 50) == 0.01
+def test_standard_error_of_a_difference():
+    one, other = {"error": {"a": 0.03, "b": 0.0}}, {"error": {"a": 0.04, "b": 0.0}}
+    assert standard_error(one, other, ["a"], 1000) == pytest.approx(0.05)
+    # Without a wrong answer among 10 sequences the error is taken as 0.05 on either side: sqrt(0.05^2 + 0.05^2).
+    assert standard_error(one, other, ["b"], 10) == pytest.approx(0.0707107, rel=1e-6)
+    # The mean of two tasks: sqrt(0.03^2 + 0.04^2 + 2 * 0.0005^2) / 2.
+    assert standard_error(one, other, ["a", "b"], 1000) == pytest.approx(0.0250025, rel=1e-5)
     assert judge(0.2, 0.1) == SHOWS and judge(0.19, 0.1) == NOISE
     assert judge(-0.2, 0.1) == SHOWS_NOT and judge(-0.19, 0.1) == NOISE and judge(0.0, 0.0) == SHOWS_NOT
 

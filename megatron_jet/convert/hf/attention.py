@@ -43,8 +43,9 @@ def rotary_angles(config: JetNemotronConfig, positions: torch.Tensor, dtype: tor
     angle_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     exponents = torch.arange(0, dim, 2, device=positions.device, dtype=angle_dtype) / dim
     periods = config.rope_theta**exponents  # tokens per radian, [D / 2]
-    if (config.rope_scaling or {}).get("rope_type", "default") == "llama3":
-        periods = stretch(periods, config.rope_scaling)
+    scaling = config.rope_scaling or {}
+    if scaling.get("rope_type", scaling.get("type")) == "llama3":
+        periods = stretch(periods, scaling)
     angles = positions[:, None, :, None].to(angle_dtype) / periods
     angles = torch.cat([angles, angles], -1)
     return angles.cos().to(dtype), angles.sin().to(dtype)

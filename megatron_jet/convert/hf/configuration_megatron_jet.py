@@ -138,7 +138,7 @@ class JetNemotronConfig(PretrainedConfig):
 
     def _check_rope_scaling(self) -> None:
         scaling = self.rope_scaling or {}
-        rope_type = scaling.get("rope_type", "default")
+        rope_type = scaling.get("rope_type", scaling.get("type", "default"))  # older files say "type"
         if rope_type not in self.known_rope_types:
             raise ValueError(f"rope_scaling={scaling} is not supported, only {', '.join(self.known_rope_types)}")
         for name in LLAMA3_SCALING if rope_type == "llama3" else ():

@@ -136,6 +136,7 @@ def _comparison(result: EvaluateResult | None) -> dict[str, Any] | None:
         "loss": _side_by_side(result.teacher, result.final, "loss"),
         "params": _pair(result.teacher_params, result.final_params),
         "cache_bytes": {c: _pair(result.teacher_cache_bytes[c], result.final_cache_bytes[c]) for c in contexts},
+        "scores": {"teacher": result.teacher.to_dict(), "final": result.final.to_dict()},
         "megatron": result.megatron.to_dict(),
         "measured": {
             name: _speeds(getattr(result.teacher_measured, name), getattr(result.final_measured, name))

@@ -1,7 +1,7 @@
 """A finding of the paper next to what a run shows, and when a difference counts.
 
-Two accuracies count as different when they are two standard errors apart, counting sequences: answers within one
-sequence are not independent. That is strict; the models are scored on the same sequences, so smaller ones can be real.
+Two accuracies count as different when they are two standard errors apart. The errors are over sequences (answers within
+one sequence are not independent). Both models are scored on the same sequences, so smaller differences can be real.
 """
 
 import math
@@ -31,10 +31,17 @@ def judge(difference: float, error: float) -> str:
     return SHOWS_NOT if difference <= -2 * error else NOISE
 
 
-def standard_error(first: float, second: float, samples: int) -> float:
-    """Of the difference of two accuracies over `samples` sequences each; at least half the weight of one sequence."""
-    spread = math.sqrt(max(0.0, first * (1 - first) + second * (1 - second)) / samples)
-    return max(spread, 0.5 / samples)
+def standard_error(first: dict[str, Any], second: dict[str, Any], tasks: list[str], samples: int) -> float:
+    """Of the difference of two models' mean accuracy over `tasks`.
+
+    Args:
+        first, second: Scores dicts.
+        samples: sequences per task. An error is at least half the weight of one of them: nothing wrong among 16 answers
+            does not mean an error of 0.
+    """
+    floor = (0.5 / samples) ** 2
+    square = sum(max(scores["error"][task] ** 2, floor) for scores in (first, second) for task in tasks)
+    return math.sqrt(square) / len(tasks)
 
 
 def resolution(error: float) -> str:

@@ -18,27 +18,27 @@ from megatron_jet.evaluation.report.finding import (
 NEAR = 0.06  # spread of throughputs that counts as equal: twice the tie of the hardware search
 
 
-def _accuracies(selection: dict[str, Any] | None) -> dict[str, float]:
-    """Mean accuracy by candidate."""
-    if selection is None:
-        return {}
-    return {candidate["name"]: mean_accuracy(candidate["scores"]) for candidate in selection["candidates"]}
+def _scores(selection: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """Scores by candidate."""
+    return {candidate["name"]: candidate["scores"] for candidate in selection["candidates"]} if selection else {}
 
 
-def _error(report: Report, stage: str, first: float, second: float) -> float:
-    """Of the difference of two mean accuracies; every task has its own sequences."""
-    tasks = len(report[stage]["candidates"][0]["scores"]["accuracy"])
-    return standard_error(first, second, report["samples"][stage] * tasks)
+def _error(report: Report, stage: str, first: str, second: str) -> float:
+    """Of the difference of two candidates' mean accuracies."""
+    scores = _scores(report[stage])
+    return standard_error(scores[first], scores[second], list(scores[first]["accuracy"]), report["samples"][stage])
 
 
 def known_blocks(report: Report) -> Finding | None:
     """Block selection among the blocks that existed before."""
-    known = {name: value for name, value in _accuracies(report["block_selection"]).items() if name != "jet"}
+    known = {
+        name: mean_accuracy(scores) for name, scores in _scores(report["block_selection"]).items() if name != "jet"
+    }
     if "gated_delta_net" not in known or len(known) < 2:
         return None
     ours = known.pop("gated_delta_net")
     rival = max(known, key=known.__getitem__)
-    error = _error(report, "block_selection", ours, known[rival])
+    error = _error(report, "block_selection", "gated_delta_net", rival)
     return finding(
         "block selection",
         "Of the known linear blocks, Gated DeltaNet is the most accurate after equal training.",
@@ -51,11 +51,11 @@ def known_blocks(report: Report) -> Finding | None:
 def _versus(report: Report, name: str, paper: str, other: str, other_text: str, why_not: str) -> Finding | None:
     """JetBlock against another candidate that was trained alike."""
     stage = "new_block" if report["new_block"] is not None else "block_selection"
-    scores = _accuracies(report[stage])
+    scores = _scores(report[stage])
     if "jet" not in scores or other not in scores:
         return None
-    jet, rival = scores["jet"], scores[other]
-    error = _error(report, stage, jet, rival)
+    jet, rival = (mean_accuracy(scores[candidate]) for candidate in ("jet", other))
+    error = _error(report, stage, "jet", other)
     here = f"Mean accuracy {percent(jet)} for JetBlock, {percent(rival)} {other_text} (search split)."
     return finding(name, paper, here, judge(jet - rival, error), f"{why_not} {resolution(error)}")
 
@@ -79,10 +79,10 @@ def equal_cache(report: Report) -> Finding | None:
     search = report["hardware_search"]
     if search is None or len(search["candidates"]) < 2:
         return None
-    scores = _accuracies(search)
+    scores = {name: mean_accuracy(row) for name, row in _scores(search).items()}
     by_size = sorted(search["candidates"], key=lambda candidate: (candidate["params"], candidate["name"]))
     small, large = by_size[0]["name"], by_size[-1]["name"]
-    error = _error(report, "hardware_search", scores[small], scores[large])
+    error = _error(report, "hardware_search", small, large)
     return finding(
         "sizes at equal cache",
         "At constant cache size more parameters give more accuracy (table 2).",
@@ -102,7 +102,7 @@ def accuracy_kept(report: Report) -> Finding | None:
         return None
     pairs = comparison["accuracy"]
     teacher, final = (sum(pair[side] for pair in pairs.values()) / len(pairs) for side in ("teacher", "final"))
-    error = standard_error(final, teacher, report["samples"]["evaluate"] * len(pairs))
+    error = standard_error(*comparison["scores"].values(), list(pairs), report["samples"]["evaluate"])
     tasks = ", ".join(f"{task} {percent(p['teacher'])} to {percent(p['final'])}" for task, p in pairs.items())
     return finding(
         "accuracy kept",

@@ -4,7 +4,6 @@ from typing import Any
 
 from megatron_jet.evaluation.report.finding import (
     NOISE,
-    SHOWS,
     SHOWS_NOT,
     Finding,
     Report,
@@ -28,6 +27,7 @@ def learned_placement(report: Report) -> Finding | None:
     pair = (rows["learned"], rows["uniform"])
     when = "after" if all(row["after"] for row in pair) else "before"
     learned, uniform = (row[when]["accuracy"][task] for row in pair)
+    error = standard_error(*(row[when] for row in pair), [task], report["samples"]["placement"])
     places = [layers_text(row["full"]) for row in pair]
     moment = "after a short stage 1" if when == "after" else "straight from the supernet"
     here = (
@@ -36,13 +36,13 @@ def learned_placement(report: Report) -> Finding | None:
     )
     phases = [row["before"]["accuracy"][task] for name, row in rows.items() if name.startswith("uniform")]
     if len(phases) > 1:
+        straight = f" Straight from the supernet: learned {percent(rows['learned']['before']['accuracy'][task])},"
         here += (
-            f" Straight from the supernet: learned {percent(rows['learned']['before']['accuracy'][task])}, "
-            f"the {len(phases)} uniform ones {percent(min(phases))} to {percent(max(phases))}."
+            f"{straight if when == 'after' else ''} {'the' if when == 'after' else 'The'} {len(phases)} uniform ones "
+            f"have {percent(min(phases))} to {percent(max(phases))}."
         )
     if places[0] == places[1]:
         here += " Search and baseline chose the same layers."
-    error = standard_error(learned, uniform, report["samples"]["placement"])
     return finding(
         "learned placement",
         "Learned placement of full attention beats uniform placement (figure 5b).",
@@ -59,6 +59,11 @@ def single_layers(placement: dict[str, Any]) -> list[tuple[float, int]]:
     return sorted(rows, key=lambda row: (-row[0], row[1]))
 
 
+def _by_layer(placement: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Scores of the heat map by its one full layer."""
+    return {row["full"][0]: row["scores"] for row in placement["heat_map"]}
+
+
 def few_layers_matter(report: Report) -> Finding | None:
     """Figure 5a."""
     placement = report["placement"]
@@ -67,7 +72,8 @@ def few_layers_matter(report: Report) -> Finding | None:
     task, rows = placement["objective"], single_layers(placement)
     (best, layer), middle = rows[0], rows[len(rows) // 2][0]
     none = placement["all_linear"]["accuracy"][task]
-    error = standard_error(best, middle, report["samples"]["placement"])
+    scores = _by_layer(placement)
+    error = standard_error(scores[layer], scores[rows[len(rows) // 2][1]], [task], report["samples"]["placement"])
     return finding(
         "few layers matter",
         "Only two or three attention layers matter for retrieval (figure 5a).",
@@ -91,16 +97,17 @@ def joint_optimum(report: Report) -> Finding | None:
         reason = "Where one layer does the work, the greedy choice is right."
         return finding("joint optimum", paper, here, SHOWS_NOT, reason)
     scored = {
-        tuple(sorted(candidate["full"])): candidate["scores"]["accuracy"][task]
+        tuple(sorted(candidate["full"])): candidate["scores"]
         for beam in placement["beam"]
         for candidate in beam["candidates"]
     }
     here = f"The search found {layers_text(found)}; the best single layers are {layers_text(singles)}"
     if found not in scored or singles not in scored:
         return finding("joint optimum", paper, f"{here}, which the beam did not score together.", NOISE)
-    here += f", which together reach {percent(scored[singles])} against {percent(scored[found])} (search split)."
-    error = standard_error(scored[found], scored[singles], report["samples"]["placement"])
-    return finding("joint optimum", paper, here, judge(scored[found] - scored[singles], error), resolution(error))
+    best, rival = (scored[full]["accuracy"][task] for full in (found, singles))
+    here += f", which together reach {percent(rival)} against {percent(best)} (search split)."
+    error = standard_error(scored[found], scored[singles], [task], report["samples"]["placement"])
+    return finding("joint optimum", paper, here, judge(best - rival, error), resolution(error))
 
 
 def tasks_differ(report: Report) -> Finding | None:
@@ -112,13 +119,17 @@ def tasks_differ(report: Report) -> Finding | None:
     if task == other or other not in placement["heat_map"][0]["scores"]["loss"]:
         return None
     first = single_layers(placement)[0][1]
-    losses = {row["full"][0]: row["scores"]["loss"][other] for row in placement["heat_map"]}
+    scores = _by_layer(placement)
+    losses = {layer: row["loss"][other] for layer, row in scores.items()}
     second = min(losses, key=lambda layer: (losses[layer], layer))
+    error = standard_error(scores[first], scores[second], [task], report["samples"]["placement"])
+    lead = scores[first]["accuracy"][task] - scores[second]["accuracy"][task]
     return finding(
         "tasks need different layers",
         "Retrieval and multiple choice depend on different layers.",
-        f"{task.capitalize()} is best with layer {first} full, {other} with layer {second} (loss on the correct answer "
-        f"{losses[second]:.3f}; with layer {first} {losses[first]:.3f}).",
-        SHOWS if first != second else SHOWS_NOT,
-        "In this teacher both abilities need the same layer first.",
+        f"{task.capitalize()} is best with layer {first} full ({percent(scores[first]['accuracy'][task])}; with layer "
+        f"{second} {percent(scores[second]['accuracy'][task])}), {other} with layer {second} (loss on the correct "
+        f"answer {losses[second]:.3f}; with layer {first} {losses[first]:.3f}).",
+        SHOWS_NOT if first == second else judge(lead, error),
+        "In this teacher both abilities need the same layer first." if first == second else resolution(error),
     )

@@ -27,15 +27,16 @@ MAX_ANNOTATED = 16  # layers; with more the numbers would not fit into the cells
 def heat_map(placement: dict[str, Any]) -> str:
     """One column per layer that is full while all others are linear, one row per score (paper, figure 5a).
 
-    Colour runs from the all-linear model's score (light) to the best single layer's (dark), for every row by itself.
+    Colour runs from the all-linear model's score (light) to the best single layer's (dark), for every row by itself;
+    but two standard errors are the least that gets the darkest colour, so that noise does not look like structure.
     """
     rows = _score_rows(placement)
     layers = [row["full"][0] for row in placement["heat_map"]]
     colors = LinearSegmentedColormap.from_list("report", SCALE)
     with figure(1, 1, 0.75 + 0.42 * len(rows)) as (made, (axes,)):
-        for y, (_, values, base, higher_is_better, text) in enumerate(rows):
-            gains = [value - base if higher_is_better else base - value for value in values]
-            top = max(max(gains), 1e-9)
+        for y, (_, values, base, sign, least, text) in enumerate(rows):
+            gains = [sign * (value - base) for value in values]
+            top = max(*gains, least)
             for x, (gain, value) in enumerate(zip(gains, values)):
                 share = min(1.0, max(0.0, gain / top))
                 axes.add_patch(_cell(x, y, colors(share)))
@@ -57,18 +58,19 @@ def heat_map(placement: dict[str, Any]) -> str:
         return to_svg(made, "heat")
 
 
-def _score_rows(placement: dict[str, Any]) -> list[tuple[str, list[float], float, bool, str]]:
-    """Label, value per layer, value of the all-linear model, direction and format of every score."""
+def _score_rows(placement: dict[str, Any]) -> list[tuple[str, list[float], float, int, float, str]]:
+    """Label, value per layer, value of the all-linear model, sign of a gain, least gain to be dark, format."""
     scores = [row["scores"] for row in placement["heat_map"]]
     base = placement["all_linear"]
     rows = []
     for task in base["accuracy"]:
         values = [100 * score["accuracy"][task] for score in scores]
-        rows.append((f"{task} accuracy, %", values, 100 * base["accuracy"][task], True, "{:.0f}"))
+        noise = 200 * max(base["error"][task], *(score["error"][task] for score in scores))
+        rows.append((f"{task} accuracy, %", values, 100 * base["accuracy"][task], 1, max(noise, 1e-9), "{:.0f}"))
     for task in base["loss"]:
         if task not in base["accuracy"] or task == placement["swa_objective"]:
             values = [score["loss"][task] for score in scores]
-            rows.append((f"{task} loss, nats", values, base["loss"][task], False, "{:.2f}"))
+            rows.append((f"{task} loss, nats", values, base["loss"][task], -1, 1e-9, "{:.2f}"))
     return rows
 
 

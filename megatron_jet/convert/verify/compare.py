@@ -11,10 +11,10 @@ from torch import Tensor
 
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.training import ParallelConfig
-from megatron_jet.convert import verify_worker
 from megatron_jet.convert.hf_export import checkpoint_config
 from megatron_jet.convert.hf_package import load_for_causal_lm
-from megatron_jet.convert.verify_worker import VerifyJob
+from megatron_jet.convert.verify import worker
+from megatron_jet.convert.verify.worker import VerifyJob
 
 SEQUENCES, LENGTH = 2, 96  # longer than one chunk of the chunked recurrences
 
@@ -99,10 +99,10 @@ def run_megatron(job: VerifyJob) -> None:
     """Run the Megatron side: here when one process is enough, else in processes of their own."""
     processes = job.parallel.tensor * job.parallel.pipeline
     if processes == 1:
-        verify_worker.run(0, job)
+        worker.run(0, job)
         return
     try:
-        torch.multiprocessing.spawn(verify_worker.run, args=(job,), nprocs=processes)
+        torch.multiprocessing.spawn(worker.run, args=(job,), nprocs=processes)
     except torch.multiprocessing.ProcessException as error:
         raise UserError(f"{job.checkpoint}: the Megatron model failed: {_last_line(error)}") from None
 
