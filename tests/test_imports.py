@@ -22,8 +22,7 @@ MAY_IMPORT = {
     "training": ("model", "data"),
     "convert": ("model", "mixers", "convert.hf"),
     "convert.hf": (),
-    "convert.verify": ("convert.verify_worker",),  # runs the Megatron model beside the HF model
-    "convert.verify_worker": ("convert", "training"),
+    "convert.verify": ("convert", "training"),  # runs the Megatron model beside the HF model
     "evaluation": ("convert", "tasks.evalset"),
     "postnas": ("training", "convert", "evaluation"),
     "run_stage": ("postnas",),
