@@ -30,6 +30,7 @@ PACKAGES = {
 SUBNET = "10.77.0"
 BRIDGE = "pnbr0"
 NAMESPACE = "pnode"
+_SILENT = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 
 class ClusterError(RuntimeError):
@@ -135,15 +136,8 @@ class Cluster:
         """Cancel all jobs, then stop exactly the processes that `start` started."""
         if not (self.prefix / "pids").exists():
             return
-        environment = {**os.environ, **self.environment}
-        quiet = {"env": environment, "capture_output": True, "timeout": 20}
-        try:
-            subprocess.run(
-                "scancel --signal=KILL --full $(squeue -h -o %A) ; scancel $(squeue -h -o %A)", shell=True, **quiet
-            )
-            self._wait(lambda: not subprocess.run(["squeue", "-h"], **quiet).stdout.strip(), 12, "")
-        except (subprocess.TimeoutExpired, ClusterError):
-            pass  # the daemons go anyway
+        if "slurmctld " in (self.prefix / "pids").read_text():
+            self._cancel_all()
         started = [line.split() for line in (self.prefix / "pids").read_text().splitlines()][::-1]
         for number in (signal.SIGTERM, signal.SIGKILL):
             for name, pid in started:
@@ -153,10 +147,26 @@ class Cluster:
             while time.monotonic() < deadline and any(_is_ours(int(pid), name) for name, pid in started):
                 time.sleep(0.05)
         if self.netns:
-            for i in self._range:
-                subprocess.run(["ip", "netns", "del", f"{NAMESPACE}{i}"], capture_output=True)
-            subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True)
+            self._remove_namespaces()
         (self.prefix / "pids").unlink()
+
+    def _cancel_all(self) -> None:
+        """Slurm ends the jobs' processes; it may have no controller any more that answers."""
+        environment = {**os.environ, **self.environment}
+        script = (
+            'ids=$(squeue -h -o %A); [ -z "$ids" ] || scancel $ids; while [ -n "$(squeue -h)" ]; do sleep 0.2; done'
+        )
+        process = subprocess.Popen(["bash", "-c", script], env=environment, start_new_session=True, **_SILENT)
+        try:
+            process.wait(self.kill_wait + 8)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def _remove_namespaces(self) -> None:
+        for i in self._range:
+            subprocess.run(["ip", "netns", "del", f"{NAMESPACE}{i}"], **_SILENT)
+        subprocess.run(["ip", "link", "del", BRIDGE], **_SILENT)
 
     @property
     def _range(self) -> range:
@@ -211,6 +221,7 @@ class Cluster:
         lines = [f"{self._host_address} {socket.gethostname()}", "127.0.0.1 localhost"]
         lines += [f"{SUBNET}.{i} n{i}" for i in self._range]
         (self.prefix / "etc" / "hosts").write_text("\n".join(lines) + "\n")
+        self._remove_namespaces()  # of a cluster that was killed
         commands = [
             f"ip link add {BRIDGE} type bridge",
             f"ip addr add {self._host_address}/24 dev {BRIDGE}",

@@ -69,6 +69,10 @@ class Run:
         folder = self.path / "stages" / stage
         return read_json((folder / "jobs" / candidate if candidate else folder) / "result.json")["value"]
 
+    def stage_result(self, stage: str) -> dict:
+        """result.json of a stage."""
+        return read_json(self.path / "stages" / stage / "result.json")
+
     def events(self, name: str) -> list[str]:
         """The words of cluster/attempts, oldest first."""
         lines = (self.path / "cluster" / "attempts" / f"{name}.log").read_text().splitlines()

@@ -68,6 +68,7 @@ class Worker:
             self._status("running", step)
         if self.rank == 0:
             result = {"target": self.target, "value": value, "steps": self.steps, "measured": {"seconds": 1.0}}
+            result["environment"] = {key: text for key, text in os.environ.items() if key.startswith("HOSTILE_")}
             write_json(self.directory / "result.json", result)
         self._status("done", step)
         return 0
