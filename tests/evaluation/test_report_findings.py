@@ -130,12 +130,17 @@ def test_no_findings_without_data(report):
 
 
 def test_standard_error_of_a_difference():
-    one, other = {"error": {"a": 0.03, "b": 0.0}}, {"error": {"a": 0.04, "b": 0.0}}
+    accuracy = {"a": 0.5, "b": 1.0}
+    one = {"accuracy": accuracy, "error": {"a": 0.03, "b": 0.0}}
+    other = {"accuracy": accuracy, "error": {"a": 0.04, "b": 0.0}}
     assert standard_error(one, other, ["a"], 1000) == pytest.approx(0.05)
     # Without a wrong answer among 10 sequences the error is taken as 0.05 on either side: sqrt(0.05^2 + 0.05^2).
     assert standard_error(one, other, ["b"], 10) == pytest.approx(0.0707107, rel=1e-6)
     # The mean of two tasks: sqrt(0.03^2 + 0.04^2 + 2 * 0.0005^2) / 2.
     assert standard_error(one, other, ["a", "b"], 1000) == pytest.approx(0.0250025, rel=1e-5)
+    # Results without errors: shares of one half over 100 sequences, sqrt(2 * 0.25 / 100).
+    bare = {"accuracy": accuracy, "error": {}}
+    assert standard_error(bare, bare, ["a"], 100) == pytest.approx(0.0707107, rel=1e-6)
     assert judge(0.2, 0.1) == SHOWS and judge(0.19, 0.1) == NOISE
     assert judge(-0.2, 0.1) == SHOWS_NOT and judge(-0.19, 0.1) == NOISE and judge(0.0, 0.0) == SHOWS_NOT
 

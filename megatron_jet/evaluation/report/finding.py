@@ -39,9 +39,15 @@ def standard_error(first: dict[str, Any], second: dict[str, Any], tasks: list[st
         samples: sequences per task. An error is at least half the weight of one of them: nothing wrong among 16 answers
             does not mean an error of 0.
     """
-    floor = (0.5 / samples) ** 2
-    square = sum(max(scores["error"][task] ** 2, floor) for scores in (first, second) for task in tasks)
+    square = sum(accuracy_error(scores, task, samples) ** 2 for scores in (first, second) for task in tasks)
     return math.sqrt(square) / len(tasks)
+
+
+def accuracy_error(scores: dict[str, Any], task: str, samples: int) -> float:
+    """Standard error of one accuracy; results that hold none are taken as one answer per sequence."""
+    accuracy = scores["accuracy"][task]
+    error = scores["error"].get(task, math.sqrt(max(0.0, accuracy * (1 - accuracy)) / samples))
+    return max(error, 0.5 / samples)
 
 
 def resolution(error: float) -> str:

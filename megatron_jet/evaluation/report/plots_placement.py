@@ -65,7 +65,7 @@ def _score_rows(placement: dict[str, Any]) -> list[tuple[str, list[float], float
     rows = []
     for task in base["accuracy"]:
         values = [100 * score["accuracy"][task] for score in scores]
-        noise = 200 * max(base["error"][task], *(score["error"][task] for score in scores))
+        noise = 200 * max(row["error"].get(task, 0.0) for row in (base, *scores))
         rows.append((f"{task} accuracy, %", values, 100 * base["accuracy"][task], 1, max(noise, 1e-9), "{:.0f}"))
     for task in base["loss"]:
         if task not in base["accuracy"] or task == placement["swa_objective"]:
