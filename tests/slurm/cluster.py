@@ -1,8 +1,8 @@
 """A real Slurm on this machine: controller, accounting and several node daemons, all under one directory.
 
-    python tests/slurm/cluster.py start /tmp/slurm [--nodes 4] [--netns] [--no-accounting]
-    source /tmp/slurm/env.sh && sinfo
-    python tests/slurm/cluster.py stop /tmp/slurm
+    python tests/slurm/cluster.py /tmp/slurm [--nodes 4] [--netns] [--no-accounting] -- COMMAND...
+
+runs COMMAND (bash for an interactive look) with SLURM_CONF set, and takes everything down after it.
 
 Needs root. Installs Debian's packages where they are missing and writes nothing outside its directory. Nodes share the
 host's name and address (one port each); with --netns each has a network namespace, an address and a name of its own.
@@ -129,8 +129,6 @@ class Cluster:
         except BaseException:
             self.stop()
             raise
-        exports = "".join(f"export {key}={value}\n" for key, value in self.environment.items())
-        (self.prefix / "env.sh").write_text(exports)
 
     def stop(self) -> None:
         """Cancel all jobs, then stop exactly the processes that `start` started."""
@@ -213,9 +211,8 @@ class Cluster:
         (munge / "key").chmod(0o400)
         files = {"socket": "socket", "key-file": "key", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
         options = [f"--{option}={munge / name}" for option, name in files.items()]
-        subprocess.run(["munged", "--force", "--num-threads=4", *options], check=True, capture_output=True)
-        self._wait(lambda: (munge / "pid").exists() and (munge / "pid").read_text().strip(), 5, "munged did not start")
-        self._own("munged", int((munge / "pid").read_text()))
+        self._spawn("munged", ["munged", "--foreground", "--force", "--num-threads=4", *options])
+        self._wait((munge / "socket").exists, 10, "munged did not start")
 
     def _make_namespaces(self) -> None:
         lines = [f"{self._host_address} {socket.gethostname()}", "127.0.0.1 localhost"]
@@ -382,9 +379,11 @@ def _works(command: list[str]) -> bool:
 
 
 def _is_ours(pid: int, name: str) -> bool:
-    """Guards against a reused process number."""
+    """Guards against a reused process number, and against waiting for a process that has ended."""
     try:
         command = Path(f"/proc/{pid}/comm").read_text().strip()
+        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+            return False
     except OSError:
         return False
     # A node in a namespace starts as nsenter, unshare and bash before it becomes slurmd.
@@ -392,28 +391,26 @@ def _is_ours(pid: int, name: str) -> bool:
 
 
 def main() -> int:
-    """Command line: start or stop."""
+    """Command line: a command inside a cluster."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("start", "stop"))
     parser.add_argument("prefix", type=Path)
     parser.add_argument("--nodes", type=int, default=4)
     parser.add_argument("--netns", action="store_true")
     parser.add_argument("--no-accounting", action="store_true")
+    parser.add_argument("command", nargs="+", help="what to run, after --")
     arguments = parser.parse_args()
     prefix = arguments.prefix.resolve()
     cluster = Cluster(prefix, arguments.nodes, netns=arguments.netns, accounting=not arguments.no_accounting)
-    if arguments.action == "stop":
-        cluster.netns = (prefix / "etc" / "hosts").exists()
-        cluster.stop()
-        return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         install()
         cluster.start()
+        return subprocess.run(arguments.command, check=False).returncode
     except (ClusterError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"source {prefix}/env.sh")
-    return 0
+    finally:
+        cluster.stop()
 
 
 if __name__ == "__main__":

@@ -3,31 +3,16 @@
 import os
 import subprocess
 import threading
-import time
 from pathlib import Path
 
 import pytest
-import yaml
 
-from megatron_jet.configs.files import write_json
 from slurm.cluster import Cluster, ClusterError, install
-from slurm.runs import Run
-
-HERE = Path(__file__).parent
-TEACHER = {
-    "model_type": "qwen2",
-    "hidden_size": 128,
-    "intermediate_size": 320,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 448,
-    "tie_word_embeddings": True,
-}
+from slurm.runs import Submitter
 
 
 @pytest.fixture(scope="session")
-def slurm(tmp_path_factory):
+def slurm():
     """The cluster that `make test-slurm` started, else one of our own. Requeued jobs do not wait their two minutes."""
     own = None
     if "SLURM_CONF" not in os.environ:
@@ -59,50 +44,14 @@ def _hurry(over: threading.Event) -> None:
 
 
 @pytest.fixture
-def submit(slurm, tmp_path):
-    """Submit a run of the stand-in: submit("stage1,stage2", {"stage1": "crash@3"}, [overrides], cluster fields...)."""
-    started: list[Run] = []
+def submitter(slurm, tmp_path):
+    """Runs in the test's own directory."""
+    own = Submitter(tmp_path)
+    yield own
+    own.close()
 
-    def go(
-        stages: str,
-        behaviours: dict[str, str] | None = None,
-        overrides=(),
-        name="run",
-        wait=False,
-        environment=None,
-        **cluster,
-    ) -> Run:
-        teacher = tmp_path / "teacher"
-        write_json(teacher / "config.json", TEACHER)
-        fields = {
-            "partition": "batch",
-            "nodes": 4,
-            "time_limit": "00:20:00",
-            "early_warning_seconds": 60,
-            "restarts": 1,
-            "setup": [f"export PYTHONPATH={HERE}"],
-            "preflight": {"enabled": False},
-            **cluster,
-        }
-        spoken = ",".join(f"{target}={how}" for target, how in (behaviours or {}).items())
-        fields["env"] = {"OMP_NUM_THREADS": "1", "STAND_IN": spoken, **fields.get("env", {})}
-        file = tmp_path / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(fields))
-        keep = {k: v for k, v in os.environ.items() if not k.startswith("POSTNAS_")}
-        keep |= {"JET_WORKER": "stand_in_stage", "NEMORUN_HOME": str(tmp_path / "nemo"), **(environment or {})}
-        run = Run(tmp_path / name, keep)
-        started.append(run)
-        extra = [f"teacher.path={teacher}", *overrides, *(["--wait"] if wait else [])]
-        run.submitted = run.launcher(
-            "run", "tiny", "--cluster", str(file), "--output", str(run.path), "--stages", stages, *extra, check=not wait
-        )
-        return run
 
-    yield go
-    for run in started:
-        if (run.path / "cluster" / "experiment.json").exists():
-            run.launcher("cancel", str(run.path), check=False)
-            deadline = time.monotonic() + 20
-            while run.processes() and time.monotonic() < deadline:
-                time.sleep(0.2)
-            assert not run.processes(), f"{run.path.name} left processes behind"
+@pytest.fixture
+def submit(submitter):
+    """Submit a run of the stand-in; see `Submitter.stand_in`."""
+    return submitter.stand_in

@@ -1,16 +1,14 @@
 #!/usr/bin/env bash
 # Starts a real Slurm on this machine, runs the tests that need one, and stops it again. Extra arguments go to pytest.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-python=.venv/bin/python
+cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 1
+python=${PYTHON:-.venv/bin/python}
 if [ "$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then
     echo "SKIPPED: the Slurm tests need root and apt-get, to install and start Slurm. NOTHING ABOUT SLURM WAS TESTED." >&2
     exit 0
 fi
 prefix=$(mktemp -d /tmp/slurm-test.XXXXXX)
-trap '$python tests/slurm/cluster.py stop "$prefix"; rm -rf "$prefix"' EXIT
-$python tests/slurm/cluster.py start "$prefix" --nodes 8 || exit 1
-# shellcheck disable=SC1091
-source "$prefix/env.sh"
+trap 'rm -rf "$prefix"' EXIT
 # Jobs mostly wait, so more tests than cores run at a time.
-$python -m pytest -m slurm tests/slurm --confcutdir tests/slurm -n 4 --dist worksteal --durations=8 "$@"
+"$python" tests/slurm/cluster.py "$prefix" --nodes 8 -- \
+    "$python" -m pytest -m slurm tests/slurm --confcutdir tests/slurm -n 4 --dist worksteal --durations=8 "$@"

@@ -1,5 +1,6 @@
-"""A run on the test cluster: call the launcher on it, wait for its jobs, look at what they left."""
+"""Runs on the test cluster: submit them, wait for their jobs, look at what they left."""
 
+import os
 import subprocess
 import sys
 import time
@@ -7,14 +8,37 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
 from jet_launcher.run_directory import RunDirectory
 from jet_launcher.slurm.overview import JobView, job_views
 from jet_launcher.slurm.record import read_record
-from megatron_jet.configs.files import read_json
+from megatron_jet.configs.files import read_json, write_json
 
-ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 PATIENCE = 240.0  # seconds; the machine may be busy
+# All that the launcher looks at; the stand-in loads no weights.
+TEACHER = {
+    "model_type": "qwen2",
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 448,
+    "tie_word_embeddings": True,
+}
+CLUSTER = {
+    "partition": "batch",
+    "nodes": 4,
+    # Some tests take these two down or need all of one.
+    "exclude": "n7,n8",
+    "time_limit": "00:20:00",
+    "early_warning_seconds": 60,
+    "restarts": 1,
+    "preflight": {"enabled": False},
+}
 
 
 @dataclass
@@ -89,6 +113,52 @@ class Run:
             except OSError:
                 continue
         return found
+
+
+class Submitter:
+    """Submits runs from a directory, and sees to it that nothing is left of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.runs: list[Run] = []
+
+    def stand_in(self, stages: str, behaviours: dict[str, str] | None = None, overrides=(), name="run", **more) -> Run:
+        """A run of the stand-in: ("stage1,stage2", {"stage1": "crash@3"}, [overrides], cluster fields and options)."""
+        teacher = self.folder / "teacher"
+        write_json(teacher / "config.json", TEACHER)
+        spoken = ",".join(f"{target}={how}" for target, how in (behaviours or {}).items())
+        more["env"] = {"STAND_IN": spoken, **more.get("env", {})}
+        more = {"setup": [f"export PYTHONPATH={HERE}"], **more}
+        arguments = ("--stages", stages, f"teacher.path={teacher}", *overrides)
+        return self.submit("tiny", arguments, name, worker="stand_in_stage", **more)
+
+    def submit(self, recipe: str, arguments=(), name="run", worker="megatron_jet.run_stage", wait=False, **cluster):
+        """`run RECIPE ARGUMENTS` on a cluster with these fields.
+
+        Args:
+            wait: stay until all jobs have ended, and accept any exit code.
+        """
+        fields = {**CLUSTER, **cluster, "env": {"OMP_NUM_THREADS": "1", **cluster.get("env", {})}}
+        file = self.folder / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(fields))
+        keep = {key: value for key, value in os.environ.items() if not key.startswith("POSTNAS_")}
+        keep |= {"JET_WORKER": worker, "NEMORUN_HOME": str(self.folder / "nemo")}
+        run = Run(self.folder / name, keep)
+        self.runs.append(run)
+        where = ("--cluster", str(file), "--output", str(run.path), *(["--wait"] if wait else []))
+        run.submitted = run.launcher("run", recipe, *where, *arguments, check=not wait)
+        return run
+
+    def close(self) -> None:
+        """Cancel what still runs. Fails when processes of a run outlive its jobs."""
+        for run in self.runs:
+            if not (run.path / "cluster" / "experiment.json").exists():
+                continue
+            run.launcher("cancel", str(run.path), check=False)
+            deadline = time.monotonic() + 20
+            while run.processes() and time.monotonic() < deadline:
+                time.sleep(0.2)
+            assert not run.processes(), f"{run.path.name} left processes behind"
 
 
 def expected(steps: int) -> int:

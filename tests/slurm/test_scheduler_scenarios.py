@@ -42,7 +42,7 @@ def test_requeue_by_an_administrator_resumes(submit):
 
 
 def test_preempted_job_saves_within_its_grace_time_and_resumes(submit):
-    run = submit("stage1", {"stage1": "long"}, sbatch={"nodelist": "n8"}, cpus_per_task=8,
+    run = submit("stage1", {"stage1": "long"}, sbatch={"nodelist": "n8"}, exclude="n7", cpus_per_task=8,
                  env={"STAND_IN_STEP_SECONDS": "0.05"})  # fmt: skip
     job = run.until_step("stage1", 3)
     urgent = ["sbatch", "--parsable", "-p", "urgent", "-w", "n8", "-c", "8", "-o", "/dev/null", "--wrap", "sleep 3"]
@@ -54,7 +54,8 @@ def test_preempted_job_saves_within_its_grace_time_and_resumes(submit):
 
 
 def test_node_failure_moves_the_job_to_another_node(submit):
-    run = submit("stage1", {"stage1": "long"}, sbatch={"nodelist": "n7"}, env={"STAND_IN_STEP_SECONDS": "0.05"})
+    run = submit("stage1", {"stage1": "long"}, sbatch={"nodelist": "n7"}, exclude="n8",
+                 env={"STAND_IN_STEP_SECONDS": "0.05"})  # fmt: skip
     job = run.until_step("stage1", 3)
     slurm_command("scontrol", "update", "NodeName=n7", "State=DOWN", "Reason=test")
     try:
