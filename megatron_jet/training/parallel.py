@@ -42,6 +42,8 @@ def init_parallel(
     if parallel.context > 1:
         raise UserError("parallel.context: context parallelism is not supported yet; use context=1")
     parallel.data_parallel(world_size)
+    # Megatron overlaps tensor-parallel communication by launch order, which one hardware queue keeps (up to Hopper).
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not dist.is_initialized():
         if store is None and "MASTER_ADDR" not in os.environ:
             if world_size > 1:
