@@ -63,13 +63,20 @@ def _serve_forks(requests: Connection) -> None:
         os._exit(0)
 
 
+def send_signal(process: int, number: int) -> None:
+    """Signal a process given by its file descriptor; one that has ended is left alone."""
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(process, number)
+
+
 class WorkerPool:
     """Up to `size` gloo workers. `run` on n ranks uses the first n, as a world of n."""
 
     def __init__(self, nursery: Nursery, size: int = 4):
         self.nursery = nursery
         self.size = size
-        self._workers: list[tuple[int, Connection]] = []  # process id and connection by rank
+        # Process (as a file descriptor, since the id of one that ended may belong to another) and connection by rank.
+        self._workers: list[tuple[int, Connection]] = []
         self._calls = 0
         self._store: dist.TCPStore | None = None
         self._folder: tempfile.TemporaryDirectory | None = None
@@ -112,10 +119,10 @@ class WorkerPool:
 
     def close(self) -> None:
         """End all workers."""
-        for pid, connection in self._workers:
+        for process, connection in self._workers:
             connection.close()
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            send_signal(process, signal.SIGKILL)
+            os.close(process)
         self._workers = []
         self._store = None
         if self._folder is not None:
@@ -135,7 +142,7 @@ class WorkerPool:
             with Listener(address, authkey=key) as listener:
                 self.nursery.fork_worker(address, key, self._store.port, self._log(index))
                 connection = listener.accept()
-            self._workers.append((connection.recv(), connection))
+            self._workers.append((os.pidfd_open(connection.recv()), connection))
 
     def _answers(self, workers: list[tuple[int, Connection]], deadline: float) -> list[Any]:
         waiting = {connection: rank for rank, (_, connection) in enumerate(workers)}
@@ -166,7 +173,7 @@ class WorkerPool:
 
     def _stacks(self, workers: list[tuple[int, Connection]], ranks: list[int]) -> str:
         for rank in ranks:
-            os.kill(workers[rank][0], signal.SIGUSR1)  # faulthandler writes the stacks into the log
+            send_signal(workers[rank][0], signal.SIGUSR1)  # faulthandler writes the stacks into the log
         time.sleep(1.0)
         return "\n".join(f"rank {rank}:\n{self._tail(rank)}" for rank in ranks)
 

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,8 +92,9 @@ def test_unreachable_login_node_is_one_line(login, checkout, monkeypatch):
 def test_dry_run_happens_on_the_login_node_with_its_environment(login, tmp_path, monkeypatch, capfd):
     """The whole way: this checkout, the resolved recipe and the cluster file go over, the scripts come back."""
     monkeypatch.chdir(tmp_path)
-    python = Path(__file__).parents[2] / ".venv" / "bin" / "python"
-    python = python if python.exists() else Path(os.sys.executable)
+    python = tmp_path / "python"  # this checkout's own path may have a space in it, which cluster files refuse
+    python.write_text(f"#!/bin/sh\nexec {shlex.quote(sys.executable)} \"$@\"\n")
+    python.chmod(0o755)
     cluster = tmp_path / "far.yaml"
     cluster.write_text(
         f"tunnel: {{kind: ssh, host: login, python: {python}}}\njob_dir: ${{HOME}}/runs\nnodes: 4\ngpus_per_node: 8\n"

@@ -276,6 +276,24 @@ def test_validation_and_best_checkpoint(single_rank, tmp_path):
     assert again == result  # a finished job is not repeated
 
 
+def test_a_worse_validation_does_not_replace_the_best(single_rank, tmp_path, monkeypatch):
+    """The validation losses are made to go down and up again."""
+    from megatron_jet.training.trainer import Trainer
+
+    case = job(tmp_path, training={"validation_interval": 2, "validation_batches": 1, "keep_best": True})
+    write_models(case)
+    real, offsets = Trainer._losses, iter([2.0, 1.0, 3.0])
+
+    def losses(self, terms):
+        found = real(self, terms)
+        return found if torch.is_grad_enabled() else {**found, "loss": next(offsets)}
+
+    monkeypatch.setattr(Trainer, "_losses", losses)
+    result = run_job(case)
+    assert [entry["loss"] for entry in result.validation] == [2.0, 1.0, 3.0]
+    assert result.best_checkpoint.name == "best-00000004"
+
+
 def test_metrics_are_cut_at_the_resumed_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(
