@@ -11,7 +11,7 @@ from megatron_jet.configs.results import EvaluateResult, ExportResult, Measured,
 from megatron_jet.configs.teacher_source import resolve_teacher
 from megatron_jet.convert.hf_package import load_for_causal_lm
 from megatron_jet.evaluation.hf_scores import score_hf
-from megatron_jet.evaluation.throughput import measure_model
+from megatron_jet.evaluation.throughput.stages import measure_model
 from megatron_jet.postnas.export import final_stage
 from megatron_jet.postnas.processes import on_main
 from megatron_jet.postnas.scoring import eval_sets, score_checkpoint

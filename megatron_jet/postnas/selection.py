@@ -20,7 +20,7 @@ from megatron_jet.configs.results import CandidateResult, Measured, SelectionRes
 from megatron_jet.configs.run import RunConfig
 from megatron_jet.configs.stages import ThroughputConfig
 from megatron_jet.convert.student import student_plan
-from megatron_jet.evaluation.throughput import measure_generation
+from megatron_jet.evaluation.throughput.stages import measure_generation
 from megatron_jet.postnas.jobs import Start, remove_checkpoints, train_student
 from megatron_jet.postnas.processes import on_main
 from megatron_jet.postnas.ranking import Ranking, rank_by_accuracy, rank_within_throughput
