@@ -9,6 +9,7 @@ machine with a GPU. Every patch was found by ablation (pipeline + DDP + distribu
 import contextlib
 import functools
 import importlib.metadata
+import logging
 import warnings
 
 import torch
@@ -34,6 +35,7 @@ def install() -> None:
     # True, and of no use to somebody on a CPU.
     warnings.filterwarnings("ignore", message="(Transformer Engine and )?Apex (is|are) not installed")
     warnings.filterwarnings("ignore", message="full scope is deprecated")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a CUDA toolkit, but no GPU
     _patch_current_device()
     _patch_streams()
     _patch_device_literals()
