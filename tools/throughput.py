@@ -110,8 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
         decode=options.decode,
         memory_limit=limit_memory(options.memory_limit, device),
     )
-    if options.decode == "graph" and not on_gpu:
-        raise UserError("--decode graph: CUDA graphs need a GPU; use --decode eager or auto")
+    protocol.check(device)
     subjects = open_subjects(
         [options.hf_dir or options.random_weights, *([options.against] if options.against else [])],
         dtype=protocol.dtype,

@@ -155,6 +155,11 @@ def backend(operation: str, device: torch.device) -> str:
     return _choose(operation, device.type, os.environ.get("JET_KERNELS", "auto"))
 
 
+def fast_backend(operation: str) -> str:
+    """The backend of an operation on a GPU, whether or not it can run here."""
+    return _ON_GPU[operation]
+
+
 @functools.cache  # also makes each choice appear once in the log
 def _choose(operation: str, device_type: str, setting: str) -> str:
     name = _parse(setting).get(operation, _parse(setting)["*"])

@@ -129,7 +129,8 @@ def test_interleaved_together_and_one_at_a_time():
     assert [[t.decode for t in rows] for rows in found] == [[0.0, 1.0], [0.0, 1.0]]
     log.clear()
     run_interleaved(sessions, 4, turn=2)
-    assert log == "open a,a0,a1,close a,open b,b0,b1,b2,b3,close b,open a,a2,a3,close a".split(",")
+    turns = "open a,a0,a1,close a,open b,b0,b1,b2,b3,close b,open a,a2,a3,close a"
+    assert ",".join(log) == turns
 
 
 def test_first_iterations_are_dropped_and_the_median_counts():

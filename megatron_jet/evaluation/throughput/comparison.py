@@ -59,6 +59,15 @@ class Protocol:
     decode: str
     memory_limit: int | None
 
+    def check(self, device: torch.device) -> None:
+        """Raise UserError for what this device cannot do."""
+        if device.type == "cuda":
+            return
+        if self.decode == "graph":
+            raise UserError("--decode graph: CUDA graphs need a GPU; use --decode eager or auto")
+        if self.batch_size is None and self.memory_limit is None:
+            raise UserError("--batch-size search: a CPU has no memory limit to find; give --memory-limit or a number")
+
 
 def compare(
     subjects: Sequence[Subject],
@@ -143,7 +152,7 @@ def choose_load(subject: Subject, context: int, protocol: Protocol, device: torc
     """Batch and chunk for one model at one context: as given, or the largest batch that fits.
 
     Raises:
-        UserError: no batch fits; or a search on a CPU without a memory limit.
+        UserError: no batch fits.
     """
 
     def load(batch_size: int) -> Load:
@@ -154,8 +163,6 @@ def choose_load(subject: Subject, context: int, protocol: Protocol, device: torc
         return load(protocol.batch_size)
     if device.type == "cuda":
         return load(largest_batch(lambda n: session_fits(subject.model, load(n), protocol.decode), protocol.max_batch))
-    if protocol.memory_limit is None:
-        raise UserError("the largest batch can be searched on a GPU; on a CPU give --batch-size or --memory-limit")
     fits = partial(fits_limit, subject, context + protocol.new_tokens, protocol.dtype, protocol.memory_limit)
     return load(largest_batch(fits, protocol.max_batch))
 
