@@ -1,7 +1,7 @@
 # Everything a newcomer types. `make quickstart` first, `make test` second; `make help` lists the rest.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help quickstart install test test-slow test-slurm test-gpu lint clean
+.PHONY: help quickstart install test test-slow test-faults test-slurm test-gpu lint clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -29,10 +29,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt tools/find_python.sh
 	@touch $@
 
 test: install ## run the tests (2 cores: see README for the time it takes)
-	$(PYTEST) -m "not slow and not gpu and not multi_gpu and not slurm"
+	$(PYTEST) -m "not slow and not faults and not gpu and not multi_gpu and not slurm"
 
 test-slow: install ## the tests that take minutes each
 	$(PYTEST) -m slow --timeout 3600
+
+test-faults: install ## runs killed at random moments end like runs left alone (minutes)
+	$(PYTEST) -m faults tests/faults --timeout 3600
 
 test-slurm: install ## jobs on a real Slurm, which it installs (Debian packages) and starts on this machine; needs root
 	bash tests/slurm/run.sh
