@@ -1,5 +1,6 @@
 """One model at one context and batch size: prefill in chunks, then greedy decoding, on a synchronised clock."""
 
+import functools
 import gc
 import time
 from contextlib import nullcontext
@@ -59,7 +60,7 @@ class Session:
         self.model, self.load = model, load
         self.device = model.device
         self.graphed = decode == "graph" or (decode == "auto" and self.device.type == "cuda")
-        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._stream = side_stream(self.device) if self.device.type == "cuda" else None
         self._graphs: DecodeGraphs | None = None
         self._cache = None
         self.cache_bytes = 0
@@ -200,6 +201,12 @@ class Session:
 
     def _on_stream(self):
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+
+@functools.cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all sessions: graphs cannot be recorded on the default stream, and cuBLAS keeps memory per stream."""
+    return torch.cuda.Stream(device)
 
 
 class Clock:
