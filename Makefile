@@ -43,6 +43,9 @@ test-slurm: install ## jobs on a real Slurm, which it installs (Debian packages)
 test-gpu: install ## the tests that need a GPU: one process, at most 8 minutes
 	$(PYTEST) -m gpu tests
 
+bench-gpu: install ## speed on a GPU, into docs/benchmarks/: models by context, kernels, training step
+	PY=$(PY) bash tools/bench_gpu.sh
+
 lint: install ## ruff, as pre-commit runs it
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .

@@ -108,7 +108,7 @@ def _read_rate(device: torch.device) -> float:
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     size = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in "ab")
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in "ab")  # equal numbers would draw less power
     return 2.0 * size**3 / _best_seconds(device, lambda: a @ b)
 
 

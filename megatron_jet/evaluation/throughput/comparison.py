@@ -162,9 +162,21 @@ def choose_load(subject: Subject, context: int, protocol: Protocol, device: torc
     if protocol.batch_size is not None:
         return load(protocol.batch_size)
     if device.type == "cuda":
-        return load(largest_batch(lambda n: session_fits(subject.model, load(n), protocol.decode), protocol.max_batch))
-    fits = partial(fits_limit, subject, context + protocol.new_tokens, protocol.dtype, protocol.memory_limit)
-    return load(largest_batch(fits, protocol.max_batch))
+        first = first_batch(subject, context + protocol.new_tokens, protocol.dtype, torch.cuda.mem_get_info(device)[0])
+        fits = partial(_session_fits, subject, load, protocol.decode)
+    else:
+        first = 1
+        fits = partial(fits_limit, subject, context + protocol.new_tokens, protocol.dtype, protocol.memory_limit)
+    return load(largest_batch(fits, protocol.max_batch, first))
+
+
+def first_batch(subject: Subject, tokens: int, dtype: str, free: int) -> int:
+    """Where a search in `free` bytes starts: what fits by the formulas, less room for activations and state copies."""
+    return max(1, free // (2 * predicted_cache_bytes(subject.shape, tokens, dtype)))
+
+
+def _session_fits(subject: Subject, load: Callable[[int], Load], decode: str, batch_size: int) -> bool:
+    return session_fits(subject.model, load(batch_size), decode)
 
 
 def fits_limit(subject: Subject, tokens: int, dtype: str, limit: int, batch_size: int) -> bool:
