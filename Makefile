@@ -1,7 +1,7 @@
 # Everything a newcomer types. `make quickstart` first, `make test` second; `make help` lists the rest.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help quickstart install test test-slow test-faults test-slurm test-gpu lint clean
+.PHONY: help quickstart install test test-slow test-faults test-slurm test-gpu bench-gpu lint clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
