@@ -12,9 +12,12 @@ from megatron_jet.configs.errors import UserError  # noqa: E402
 
 EXAMPLE = """example:
   python tools/prepare_data.py corpus/ questions.jsonl data/prepared --tokenizer models/Qwen2.5-1.5B
+  python tools/prepare_data.py web=crawl/ math=papers/ code=repos/ data/prepared --tokenizer models/Qwen2.5-1.5B
   python tools/prepare_data.py data/tiny --tokenizer megatron_jet/teachers/tiny --stdlib --synthetic recall,choice,copy
 
 jsonl lines are {"text": ...} or {"prompt": ..., "answer": ...}; of the latter only the answer counts as a target.
+NAME=PATH makes a source of that name (and NAME_qa of lines with answers), which recipes blend by name; without a
+name the sources are text and qa.
 Documents go to train (90%), search and heldout (5% each) by a hash of their path and line."""
 
 
@@ -23,7 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("paths", nargs="+", metavar="INPUT... OUT_DIR", help="input files and folders, then the output")
+    about = "input files and folders, plain or as NAME=PATH, then the output"
+    parser.add_argument("paths", nargs="+", metavar="INPUT... OUT_DIR", help=about)
     parser.add_argument("--tokenizer", required=True, type=Path, metavar="HF_DIR")
     parser.add_argument("--seq-length", type=int, default=256, help="tokens of synthetic and evaluation sequences")
     parser.add_argument("--stdlib", action="store_true", help="add the Python standard library's source")

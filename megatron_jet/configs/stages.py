@@ -136,6 +136,9 @@ class TrainStageConfig(StrictModel):
     init: Literal["search", "teacher"] = Field(
         default="teacher", description="stage1 only: 'search' continues the winner of hardware_search"
     )
+    blend: dict[str, float] | None = Field(
+        default=None, description="sampling weight per source in this stage; None: data.blend"
+    )
 
 
 class ExportConfig(StrictModel):

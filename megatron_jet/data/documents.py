@@ -1,6 +1,7 @@
 """Documents from text, jsonl and parquet files."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,22 +27,45 @@ class Document:
     answer: str | None = None
 
 
-def find_inputs(paths: list[str]) -> list[Path]:
-    """Files among `paths`, folders searched through, sorted. Raises UserError for a missing path or an unknown kind."""
-    files = []
-    for given in map(Path, paths):
-        if given.is_dir():
-            inside = sorted(path for path in given.rglob("*") if path.suffix in SUFFIXES and path.is_file())
-            if not inside:
-                raise UserError(f"{given}: no {', '.join(SUFFIXES)} file in this folder")
-            files += inside
-        elif not given.is_file():
-            raise UserError(f"{given}: no such file or folder")
-        elif given.suffix not in SUFFIXES:
-            raise UserError(f"{given}: unknown kind of file; known: {', '.join(SUFFIXES)}")
-        else:
-            files.append(given)
-    return files
+@dataclass(frozen=True)
+class InputFile:
+    """A file, and the source that its documents belong to (None: "text", and "qa" for those with answers)."""
+
+    path: Path
+    source: str | None = None
+
+    def source_of(self, document: Document) -> str:
+        """Texts and answers are packed and scored in different ways, so they are sources of their own."""
+        if document.answer is None:
+            return self.source or "text"
+        return f"{self.source}_qa" if self.source else "qa"
+
+
+def find_inputs(given: list[str]) -> list[InputFile]:
+    """Files among PATH and NAME=PATH arguments, folders searched through, sorted.
+
+    Raises:
+        UserError: a missing path, an unknown kind of file.
+    """
+    found = []
+    for text in given:
+        named = None if Path(text).exists() else re.fullmatch(r"([a-z][a-z0-9_-]*)=(.+)", text)
+        source, path = named.groups() if named else (None, text)
+        found += [InputFile(file, source) for file in _files(Path(path))]
+    return found
+
+
+def _files(given: Path) -> list[Path]:
+    if given.is_dir():
+        inside = sorted(path for path in given.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+        if not inside:
+            raise UserError(f"{given}: no {', '.join(SUFFIXES)} file in this folder")
+        return inside
+    if not given.is_file():
+        raise UserError(f"{given}: no such file or folder")
+    if given.suffix not in SUFFIXES:
+        raise UserError(f"{given}: unknown kind of file; known: {', '.join(SUFFIXES)}")
+    return [given]
 
 
 def read_documents(path: Path) -> Iterator[Document]:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import hash_file, hash_json, read_json, write_json
-from megatron_jet.data.documents import Document, find_inputs, read_documents
+from megatron_jet.data.documents import Document, InputFile, find_inputs, read_documents
 from megatron_jet.data.index import SPLITS, DataIndex, SourceInfo, SplitInfo
 from megatron_jet.data.shards import Sample, ShardWriter
 from megatron_jet.data.stdlib import read_stdlib, split_of
@@ -30,7 +30,7 @@ class Request:
     """What to prepare.
 
     Attributes:
-        inputs: files and folders.
+        inputs: files and folders; NAME=PATH makes them a source of that name.
         tokenizer: HF directory with tokenizer.json and config.json.
         seq_length: tokens of synthetic samples and of evaluation sequences.
         stdlib_bytes: bytes of the Python standard library per split; empty for none.
@@ -64,6 +64,9 @@ def prepare(request: Request, out: Path, *, force: bool = False, say: Say = lamb
         if task not in SYNTHETIC:
             raise UserError(f"unknown synthetic task '{task}'; known: {', '.join(SYNTHETIC)}")
     files = find_inputs(list(request.inputs))
+    for file in files:
+        if file.source in SYNTHETIC:
+            raise UserError(f"{file.source}={file.path}: that is the name of a synthetic task; choose another name")
     encoder = Encoder(request.tokenizer)
     temporary = out.with_name(f".{out.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -114,7 +117,7 @@ class Encoder:
         return Sample(np.array(prompt + answer), mask)
 
 
-def _write(request: Request, files: list[Path], encoder: Encoder, out: Path, say: Say) -> DataIndex:
+def _write(request: Request, files: list[InputFile], encoder: Encoder, out: Path, say: Say) -> DataIndex:
     writers: dict[tuple[str, str], ShardWriter] = {}
     sources: dict[str, SourceInfo] = {}
 
@@ -125,12 +128,12 @@ def _write(request: Request, files: list[Path], encoder: Encoder, out: Path, say
         writers[split, source].add(sample, name)
 
     text = SourceInfo(packing="stream", metric="loss")
-    for number, path in enumerate(files, 1):
-        say(f"[{number}/{len(files)}] {path}")
-        for document in read_documents(path):
-            answered = document.answer is not None
-            source, info = ("qa", SourceInfo(packing="whole", metric="exact")) if answered else ("text", text)
-            add(split_of(document.name), source, info, encoder.document(document), document.name)
+    answers = SourceInfo(packing="whole", metric="exact")
+    for number, file in enumerate(files, 1):
+        say(f"[{number}/{len(files)}] {file.path}")
+        for document in read_documents(file.path):
+            info = text if document.answer is None else answers
+            add(split_of(document.name), file.source_of(document), info, encoder.document(document), document.name)
     corpus = dict(_stdlib(request.stdlib_bytes or {}, say))
     for split, documents in corpus.items():
         for document in documents:
@@ -177,7 +180,7 @@ def _index(request: Request, files, encoder: Encoder, sources, writers) -> DataI
         end_of_text=encoder.end_of_text,
         seq_length=request.seq_length,
         tokenizer_hash=encoder.hash,
-        inputs={str(path): hash_file(path) for path in files},
+        inputs={str(file.path): hash_file(file.path) for file in files},
         sources=dict(sorted(sources.items())),
         splits=splits,
     )

@@ -61,7 +61,7 @@ def train_student(
         training=training,
         parallel=parallel,
         dtype=ctx.config.dtype,
-        data=ctx.data,
+        data=ctx.training_data(stage),
         seed=ctx.config.seed,
         out=job_dir(ctx, stage, name),
         teacher=ctx.teacher,

@@ -7,6 +7,8 @@ from typing import Any
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import hash_file, hash_json
 from megatron_jet.configs.results import Measured, PrepareResult
+from megatron_jet.configs.run import RunConfig
+from megatron_jet.configs.stages import STAGE_ORDER
 from megatron_jet.configs.teacher_source import resolve_teacher
 from megatron_jet.convert.hf_import import import_hf
 from megatron_jet.data.index import read_index
@@ -41,6 +43,8 @@ class PrepareStage:
         ctx.status.phase("importing the teacher")
         model = import_hf(source, checkpoint, force=True)
         data = self._data(ctx)
+        sources = sorted(read_index(data).sources)
+        check_blends(ctx.config, sources)
         return PrepareResult(
             stage=self.name,
             inputs_hash=inputs_hash,
@@ -51,7 +55,7 @@ class PrepareStage:
             tokenizer_path=ctx.config.teacher.tokenizer or ctx.config.teacher.path,
             teacher_hash=hash_directory(source),
             data_index_hash=data_index_hash(data),
-            sources=sorted(read_index(data).sources),
+            sources=sources,
             measured=Measured(seconds=ctx.status.seconds),
         )
 
@@ -63,6 +67,16 @@ class PrepareStage:
         ctx.status.phase("preparing data")
         prepare_bundled(out, tokenizer_directory(ctx))
         return out
+
+
+def check_blends(config: RunConfig, sources: list[str]) -> None:
+    """Raise UserError for a source that the data do not have: stage 2 must not find out after days of stage 1."""
+    blends = {"data.blend": config.data.blend}
+    blends |= {f"{name}.blend": getattr(config.stage(name), "blend", None) for name in STAGE_ORDER}
+    for where, blend in blends.items():
+        for source in blend or {}:
+            if source not in sources:
+                raise UserError(f"{where}: the data have no source '{source}'; they have {', '.join(sources)}")
 
 
 def tokenizer_directory(ctx: StageContext) -> Path:

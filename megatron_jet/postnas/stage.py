@@ -77,6 +77,11 @@ class StageContext:
         """The data config with the prepared directory in place."""
         return self.config.data.replace(path=str(self.path(self.prepared.data_path)))
 
+    def training_data(self, stage: str) -> DataConfig:
+        """`data` with the blend of this stage, where it has its own."""
+        blend = getattr(self.config.stage(stage), "blend", None)
+        return self.data if blend is None else self.data.replace(blend=blend)
+
 
 class Stage(Protocol):
     """One step of PostNAS. A new one is a file with such an object and a line in catalog.py.

@@ -123,3 +123,23 @@ def test_synthetic_samples_differ_between_splits(prepared):
     ]
     assert not np.array_equal(recall[0], recall[1])
     assert not np.array_equal(recall[1], recall[2])
+
+
+def test_named_inputs_become_sources_of_their_own(byte_tokenizer, tmp_path):
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "a.py").write_text("x = 1\n" * 20)
+    rows = [{"text": f"web page {n}"} for n in range(60)] + [
+        {"prompt": f"{n} + 1 =", "answer": " 2"} for n in range(60)
+    ]
+    (tmp_path / "web.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    inputs = (f"code={tmp_path / 'code'}", f"web={tmp_path / 'web.jsonl'}", str(tmp_path / "web.jsonl"))
+    index = prepare(Request(inputs, byte_tokenizer), tmp_path / "out")
+    assert {name: info.packing for name, info in index.sources.items()} == {
+        "code": "stream", "web": "stream", "web_qa": "whole", "text": "stream", "qa": "whole"
+    }  # fmt: skip
+    tokens = {name: sum(split.sources.get(name, 0) for split in index.splits.values()) for name in index.sources}
+    assert tokens["code"] == 120 + 1
+    assert tokens["web"] == tokens["text"] and tokens["web_qa"] == tokens["qa"]
+    with pytest.raises(UserError, match="recall=.*name of a synthetic task"):
+        prepare(Request((f"recall={tmp_path / 'code'}",), byte_tokenizer), tmp_path / "again")
+    assert not (tmp_path / "again").exists()
