@@ -93,7 +93,7 @@ def test_dry_run_happens_on_the_login_node_with_its_environment(login, tmp_path,
     """The whole way: this checkout, the resolved recipe and the cluster file go over, the scripts come back."""
     monkeypatch.chdir(tmp_path)
     python = tmp_path / "python"  # this checkout's own path may have a space in it, which cluster files refuse
-    python.write_text(f"#!/bin/sh\nexec {shlex.quote(sys.executable)} \"$@\"\n")
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
     python.chmod(0o755)
     cluster = tmp_path / "far.yaml"
     cluster.write_text(
