@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -22,6 +23,8 @@ def world() -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    # Who took part, for whoever reads the logs of many nodes. One write: processes of a node share a log.
+    print(f"rank {rank()} of {world_size()} on {socket.gethostname()} ({dist.get_backend()})\n", end="", flush=True)
     try:
         yield
     finally:

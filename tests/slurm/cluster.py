@@ -27,6 +27,7 @@ PACKAGES = {
     "slurmdbd": "slurmdbd",
     "mariadbd": "mariadb-server",
 }
+APT_PATIENCE = 120.0  # seconds
 SUBNET = "10.77.0"
 BRIDGE = "pnbr0"
 NAMESPACE = "pnode"
@@ -53,18 +54,25 @@ def install() -> None:
     if made:
         policy.write_text("#!/bin/sh\nexit 101\n")
         policy.chmod(0o755)
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     try:
-        for command in (
-            ["apt-get", "update", "-qq"],
-            ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *wanted],
-        ):
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-            if done.returncode:
-                raise ClusterError(f"{' '.join(command)}: {done.stderr.strip()[-800:]}")
+        _apt("update", "-qq")
+        _apt("install", "-y", "-qq", "--no-install-recommends", *wanted)
     finally:
         if made:
             policy.unlink()
+
+
+def _apt(*arguments: str) -> None:
+    """apt-get. Waits for its turn where another one is at work; its own option for that leaves out `update`."""
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    deadline = time.monotonic() + APT_PATIENCE
+    while True:
+        done = subprocess.run(["apt-get", *arguments], env=environment, capture_output=True, text=True, timeout=600)
+        if done.returncode == 0:
+            return
+        if "lock" not in done.stderr or time.monotonic() > deadline:
+            raise ClusterError(f"apt-get {' '.join(arguments)}: {done.stderr.strip()[-800:]}")
+        time.sleep(2)
 
 
 def namespaces_work() -> bool:

@@ -97,10 +97,14 @@ class Run:
         """result.json of a stage."""
         return read_json(self.path / "stages" / stage / "result.json")
 
+    def attempts(self, name: str) -> str:
+        """cluster/attempts of a job."""
+        return (self.path / "cluster" / "attempts" / f"{name}.log").read_text()
+
     def events(self, name: str) -> list[str]:
-        """The words of cluster/attempts, oldest first."""
-        lines = (self.path / "cluster" / "attempts" / f"{name}.log").read_text().splitlines()
-        return [" ".join([line.split()[1], *line.split()[5:6]]) if "end" in line else line.split()[1] for line in lines]
+        """The words of cluster/attempts, oldest first; of ends with the exit code."""
+        rows = [line.split() for line in self.attempts(name).splitlines()]
+        return [f"end {row[5]}" if row[1] == "end" else row[1] for row in rows]
 
     def processes(self) -> list[int]:
         """Processes of this run that are alive."""

@@ -36,12 +36,12 @@ def test_hostile_values_do_nothing_and_arrive(submit, tmp_path):
 
 
 def test_refused_submission_leaves_nothing_in_the_queue(submit):
-    run = submit("stage1,report", partition="nowhere", wait=True)
+    run = submit("stage1,report", partition="nowhere", wait=True, name="refused")
     assert run.submitted.returncode == 1
     assert "error: submission failed" in run.submitted.stderr
     assert "partition" in run.submitted.stderr
     assert not (run.path / "cluster" / "experiment.json").exists()
-    assert "run.stage1" not in slurm_command("squeue", "-h", "-o", "%j")
+    assert "refused." not in slurm_command("squeue", "-h", "-o", "%j")
 
 
 def test_waiting_says_done_and_nemo_runs_own_commands_work(submit):
@@ -114,7 +114,7 @@ def test_nodes_with_their_own_addresses_meet(submit, tmp_path, monkeypatch, slur
     try:
         preflight = {"free_disk_gib": 0.01, "min_bandwidth_gb_per_s": 1e-6, "timeout_seconds": 400}
         overrides = ("stage1.resources.nodes=2", "nproc=2", "stage1.training.micro_batch_size=2")
-        run: Run = submit("stage1", {}, overrides, preflight=preflight)
+        run: Run = submit("stage1", {}, overrides, preflight=preflight, exclude=None)
         views = run.until_over(patience=600)
         assert views["stage1"].state == "done", views
         log = run.launcher("logs", str(run.path), "stage1").stdout
