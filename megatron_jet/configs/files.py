@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,24 @@ def write_text(path: str | Path, text: str) -> None:
     """Replace `path` by `text` atomically (temporary file in the same directory, fsync, rename)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = temporary_beside(path)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as f:
+        with open(temporary, "x", encoding="utf-8") as f:
             f.write(text)
             f.flush()
             os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def temporary_beside(path: Path) -> Path:
+    """A hidden name in the same directory that nobody else uses.
+
+    What is made under it follows the umask; `tempfile` makes files for their owner alone.
+    """
+    return path.with_name(f".{path.name}.partial-{secrets.token_hex(8)}")
 
 
 def write_json(path: str | Path, obj: Any) -> None:

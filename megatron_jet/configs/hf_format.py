@@ -10,7 +10,9 @@ from typing import Any
 
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.families import FAMILIES, RopeScaling
+from megatron_jet.configs.hf_checks import check_types, is_number, is_size
 from megatron_jet.configs.layer_plan import LayerPlan, split_entry
+from megatron_jet.configs.mixers.base import MixerConfig
 from megatron_jet.configs.mixers.registry import LINEAR_MIXERS, mixer_config_class
 from megatron_jet.configs.model import ModelConfig
 
@@ -32,11 +34,21 @@ def model_from_hf(config: dict[str, Any], where: str = "config.json") -> ModelCo
     Raises:
         UserError: a model type, mixer or setting that this project cannot express, or a key that is missing.
     """
+    check_types(config, where)
+    try:
+        return _model(config, where)
+    except UserError as error:
+        if str(error).startswith(where):
+            raise
+        raise UserError(f"{where}: {error}") from None
+
+
+def _model(config: dict[str, Any], where: str) -> ModelConfig:
     model_type = config.get("model_type")
     if model_type not in ARCHITECTURES:
         raise UserError(f"{where}: model_type '{model_type}' is not supported; known: {', '.join(ARCHITECTURES)}")
     _refuse_unsupported(config, where)
-    base = config.get("base_model_type", "qwen2") if model_type in HYBRIDS else model_type
+    base = config.get("base_model_type") or "qwen2" if model_type in HYBRIDS else model_type
     if base not in FAMILIES:
         raise UserError(f"{where}: base_model_type '{base}' is not supported; known: {', '.join(FAMILIES)}")
     family = FAMILIES[base]
@@ -52,15 +64,15 @@ def model_from_hf(config: dict[str, Any], where: str = "config.json") -> ModelCo
             "num_key_value_heads": config.get("num_key_value_heads") or heads,
             "head_dim": config.get("head_dim") or _default_head_dim(model_type, hidden, heads),
             "vocab_size": _required(config, "vocab_size", where),
-            "max_position_embeddings": config.get("max_position_embeddings", 32768),
+            "max_position_embeddings": config.get("max_position_embeddings") or 32768,
             "rope_theta": _rope_theta(config),
             "rope_scaling": _rope_scaling(config, where),
-            "rms_norm_eps": float(config.get("rms_norm_eps", 1e-6)),
-            "initializer_range": config.get("initializer_range", 0.02),
+            "rms_norm_eps": float(config.get("rms_norm_eps") or 1e-6),
+            "initializer_range": config.get("initializer_range") or 0.02,
             # Without the key Hugging Face ties in the hybrid formats and does not in the others.
-            "tie_word_embeddings": config.get("tie_word_embeddings", model_type in HYBRIDS),
-            "qkv_bias": config.get("qkv_bias", family.qkv_bias),
-            "qk_norm": config.get("qk_norm", family.qk_norm),
+            "tie_word_embeddings": _flag(config, "tie_word_embeddings", model_type in HYBRIDS),
+            "qkv_bias": _flag(config, "qkv_bias", family.qkv_bias),
+            "qk_norm": _flag(config, "qk_norm", family.qk_norm),
             "base_model_type": base,
             "bos_token_id": config.get("bos_token_id"),
             "eos_token_id": config.get("eos_token_id"),
@@ -100,9 +112,10 @@ def model_to_hf(model: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
         "attention_dropout": 0.0,
         "bos_token_id": model.bos_token_id,
         "eos_token_id": model.eos_token_id,
-        "pad_token_id": model.pad_token_id,
         "torch_dtype": dtype,
     }
+    if model.pad_token_id is not None:
+        config["pad_token_id"] = model.pad_token_id
     if model_type != "jet_nemotron" and not (model_type in FAMILIES and FAMILIES[model_type].derives_head_dim):
         config["head_dim"] = model.head_dim
     if model_type in FAMILIES and not FAMILIES[model_type].qkv_bias:
@@ -134,16 +147,47 @@ def _hybrid_keys(model: ModelConfig, model_type: str) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for kind in LINEAR_MIXERS:
         if any(entry_kind == kind for entry_kind, _ in entries):
-            settings[kind] = {**_published_extras(kind), **model.mixers[kind].to_dict()}
-            settings[kind].pop("static_kernel", None)  # a training ablation: its generator is zero in the weights
+            settings[kind] = _mixer_keys(model.mixers[kind])
     if distinct:
         settings["swa"] = {"window_size": distinct[0]}
     keys: dict[str, Any] = {"layer_types": [kind for kind, _ in entries], "efficient_attention_config": settings}
-    if model_type == "megatron_jet":
+    if model_type == "jet_nemotron":
+        keys |= {"max_window_layers": model.num_layers, "use_mrope": False}  # Qwen2's, as published; nothing reads them
+    else:
         keys |= {"base_model_type": model.base_model_type, "qkv_bias": model.qkv_bias, "qk_norm": model.qk_norm}
         if len(distinct) > 1:
             keys["windows"] = windows
     return keys
+
+
+def _mixer_keys(mixer: MixerConfig) -> dict[str, Any]:
+    """Settings of a mixer; JetBlock's with the keys and spellings of the published files."""
+    settings = mixer.to_dict()
+    if mixer.kind == "jet":
+        settings.pop("static_kernel")  # a training ablation: its generator is zero in the weights
+        settings |= {"norm_eps": short_float(mixer.norm_eps), "expand_v": _rounded(mixer.expand_v)}
+    return {**_published_extras(mixer.kind), **settings}
+
+
+def short_float(value: float) -> str:
+    """The shortest text of a number, with an exponent as people write it: 1e-5."""
+    digits, e, exponent = repr(value).partition("e")
+    return f"{digits}{e}{int(exponent)}" if e else digits
+
+
+def _rounded(expansion: float) -> float | int:
+    """As published: 2 for a whole number, 2.6666666667 for 256 / 96. `_exact` takes it back."""
+    return int(expansion) if expansion == int(expansion) else round(expansion, 10)
+
+
+def _exact(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with d_v / d_k of whole widths in place of a rounded expand_v."""
+    expansion, d_k = settings.get("expand_v"), settings.get("head_dim")
+    if is_number(expansion) and is_size(d_k):
+        d_v = round(d_k * expansion)
+        if round(d_v / d_k, 10) == round(expansion, 10):
+            return settings | {"expand_v": d_v / d_k}
+    return settings
 
 
 def _published_extras(kind: str) -> dict[str, str]:
@@ -174,7 +218,7 @@ def _plain_plan(config: dict[str, Any], types: list[str] | None, num_layers: int
     window = config.get("sliding_window")
     sliding = bool(config.get("use_sliding_window")) and window
     if types is None:
-        first = config.get("max_window_layers", 28)
+        first = 28 if config.get("max_window_layers") is None else config["max_window_layers"]
         types = ["sliding_attention" if sliding and i >= first else "full_attention" for i in range(num_layers)]
     names = {"full_attention": "attn", "sliding_attention": f"swa:{window}"}
     for kind in types:
@@ -193,7 +237,7 @@ def _mixers(config: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:
             unknown = sorted(set(settings) - set(known) - ignored)
             if unknown:
                 raise UserError(f"{where}: efficient_attention_config.{kind}.{unknown[0]} is not known")
-            mixers[kind] = {key: value for key, value in settings.items() if key in known}
+            mixers[kind] = _exact({key: value for key, value in settings.items() if key in known})
     return mixers
 
 
@@ -231,6 +275,11 @@ def _rope_scaling(config: dict[str, Any], where: str) -> dict[str, Any] | None:
 
 def _rope_keys(scaling: RopeScaling | None) -> dict[str, Any] | None:
     return None if scaling is None else {"rope_type": "llama3", **scaling.to_dict()}
+
+
+def _flag(config: dict[str, Any], key: str, default: bool) -> bool:
+    value = config.get(key)
+    return default if value is None else value
 
 
 def _required(config: dict[str, Any], key: str, where: str) -> int:

@@ -24,9 +24,9 @@ class ModelConfig(StrictModel):
     head_dim: int = Field(gt=0)
     vocab_size: int = Field(gt=0)
     max_position_embeddings: int = Field(default=32768, gt=0)
-    rope_theta: float = Field(default=1e6, gt=0)
+    rope_theta: float = Field(default=1e6, gt=0, allow_inf_nan=False)
     rope_scaling: RopeScaling | None = None
-    rms_norm_eps: float = Field(default=1e-6, gt=0)
+    rms_norm_eps: float = Field(default=1e-6, gt=0, allow_inf_nan=False)
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
     qkv_bias: bool = True

@@ -1,5 +1,8 @@
 """config.json of every supported model type, and what is refused. Round trips are in tests/model/test_against_hf.py."""
 
+import copy
+import math
+
 import pytest
 
 from megatron_jet.configs.cost import model_cost
@@ -143,3 +146,70 @@ def without(config: dict, key: str) -> dict:
 def test_what_cannot_be_expressed_is_refused(config, message):
     with pytest.raises(UserError, match=message):
         model_from_hf(config)
+
+
+# What somebody's config.json may hold in place of a sensible value.
+ODD = [None, "x", "", -1, 0, 1.5, True, math.nan, math.inf, [], ["x"], [None], {}, {"a": 1}, 10**12]
+STARTING_POINTS = {
+    "jet_nemotron": PUBLISHED_2B,
+    "megatron_jet": PUBLISHED_2B
+    | {"model_type": "megatron_jet", "base_model_type": "qwen2", "windows": [None] * 20 + [9, 9] + [None] * 6}
+    | {"qkv_bias": True, "qk_norm": False, "head_dim": 128},
+    "qwen2": QWEN | {"use_sliding_window": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    "llama": QWEN
+    | {"model_type": "llama", "attention_bias": False, "mlp_bias": False}
+    | {
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+    },
+}
+
+
+def places(config: dict, before: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Every key, nested ones as a path."""
+    found = []
+    for key, value in config.items():
+        found.append((*before, key))
+        if isinstance(value, dict):
+            found += places(value, (*before, key))
+    return found
+
+
+@pytest.mark.parametrize("model_type", STARTING_POINTS)
+def test_any_value_anywhere_is_either_taken_or_refused_in_one_line(model_type):
+    start = STARTING_POINTS[model_type]
+    assert model_from_hf(start)
+    refused = 0
+    for place in places(start):
+        for odd in ODD:
+            config = copy.deepcopy(start)
+            inner = config
+            for key in place[:-1]:
+                inner = inner[key]
+            inner[place[-1]] = odd
+            try:
+                model_from_hf(config, "dir/config.json")
+            except UserError as error:
+                assert str(error).startswith("dir/config.json: ") and "\n" not in str(error), (place, odd)
+                refused += 1
+    assert refused > 150, "most of these values cannot be meant"
+    for key in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "intermediate_size"):
+        for odd in (None, "x", "", -1, 0, 1.5, True, math.nan, [], {}):
+            with pytest.raises(UserError, match=f"^dir/config.json: {key}"):
+                model_from_hf(start | {key: odd}, "dir/config.json")
+
+
+@pytest.mark.parametrize("content", [[], "text", 3, None])
+def test_a_file_that_holds_no_mapping(content):
+    with pytest.raises(UserError, match=r"config\.json: holds no mapping"):
+        model_from_hf(content)
+
+
+def test_scaling_without_a_type_is_not_guessed():
+    with pytest.raises(UserError, match="rope_scaling has no rope_type"):
+        model_from_hf(QWEN | {"rope_scaling": {"factor": 8.0}})

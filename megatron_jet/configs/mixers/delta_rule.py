@@ -11,8 +11,8 @@ class DeltaRuleConfig(MixerConfig):
 
     num_heads: int = Field(gt=0)
     head_dim: int = Field(gt=0, description="d_k, the width of a query and key head")
-    expand_v: float = Field(default=2.0, gt=0, description="d_v / d_k")
-    norm_eps: float = Field(default=1e-5, gt=0)
+    expand_v: float = Field(default=2.0, gt=0, allow_inf_nan=False, description="d_v / d_k")
+    norm_eps: float = Field(default=1e-5, gt=0, allow_inf_nan=False)
     conv_size: int = Field(default=4, ge=1, description="taps of the causal convolution, the current token included")
 
     @field_validator("norm_eps", mode="before")

@@ -14,10 +14,10 @@ class GLAConfig(MixerConfig):
     kind: ClassVar[str] = "gla"
     num_heads: int = Field(gt=0)
     head_dim: int = Field(gt=0, description="d_k")
-    expand_v: float = Field(default=2.0, gt=0, description="d_v / d_k")
-    norm_eps: float = Field(default=1e-5, gt=0)
+    expand_v: float = Field(default=2.0, gt=0, allow_inf_nan=False, description="d_v / d_k")
+    norm_eps: float = Field(default=1e-5, gt=0, allow_inf_nan=False)
     gate_low_rank_dim: int = Field(default=16, gt=0)
-    gate_logit_normalizer: float = Field(default=16.0, gt=0)
+    gate_logit_normalizer: float = Field(default=16.0, gt=0, allow_inf_nan=False)
 
     @property
     def head_v_dim(self) -> int:

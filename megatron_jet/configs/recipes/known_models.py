@@ -6,6 +6,7 @@ from megatron_jet.configs.mixers.jet_block import JetBlockConfig
 from megatron_jet.configs.model import ModelConfig
 
 _QWEN_VOCAB = 151936
+_END_OF_TEXT = 151643
 
 
 def qwen2_5_1_5b() -> ModelConfig:
@@ -19,6 +20,8 @@ def qwen2_5_1_5b() -> ModelConfig:
         head_dim=128,
         vocab_size=_QWEN_VOCAB,
         max_position_embeddings=131072,
+        bos_token_id=_END_OF_TEXT,
+        eos_token_id=_END_OF_TEXT,
         layer_plan=("attn",) * 28,
     )
 
@@ -34,6 +37,8 @@ def qwen2_5_3b() -> ModelConfig:
         head_dim=128,
         vocab_size=_QWEN_VOCAB,
         max_position_embeddings=32768,
+        bos_token_id=_END_OF_TEXT,
+        eos_token_id=_END_OF_TEXT,
         layer_plan=("attn",) * 36,
     )
 
