@@ -8,12 +8,12 @@ import glob
 import io
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -21,16 +21,17 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItem
 
 from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.files import write_json
+from megatron_jet.configs.files import temporary_beside, write_json
 
 COMPLETE_MARK = "metadata.json"  # Megatron's own; written last, so that a directory without it is unfinished
 COMMON_STATE = "common_state/shard_0_1"  # Megatron's place for everything that is not a tensor: nothing here
 # Below this size one file holds everything; above, one file per tensor: the writer keeps a file's tensors alive.
 SINGLE_FILE_BYTES = 1 << 30
+OLD = ".old"  # ends the name of a directory that is being replaced
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,17 @@ class LazyTensor:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+class _Reader(FileSystemReader):
+    """Torch's reader, which otherwise unpickles the metadata of the whole checkpoint for every tensor that is read."""
+
+    def __init__(self, path: Path, metadata: Metadata):
+        super().__init__(path)
+        self._metadata = metadata
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self._metadata
+
+
 class GlobalCheckpoint:
     """Read access to the whole tensors of a checkpoint directory.
 
@@ -67,6 +79,7 @@ class GlobalCheckpoint:
             metadata = FileSystemReader(self.path).read_metadata()
         except Exception as error:
             raise UserError(f"{path}: checkpoint metadata cannot be read ({_one_line(error)})") from None
+        self._reader = _Reader(self.path, metadata)
         self._entries = {
             key: entry
             for key, entry in metadata.state_dict_metadata.items()
@@ -94,7 +107,7 @@ class GlobalCheckpoint:
         tensors = {key: torch.empty(self.shape(key), dtype=self.dtype(key)) for key in keys}
         try:
             with _without_process_group():
-                dcp.load(dict(tensors), storage_reader=FileSystemReader(self.path), no_dist=True)
+                dcp.load(dict(tensors), storage_reader=self._reader, no_dist=True)
         except (Exception, dcp.api.CheckpointException):  # the latter is not an Exception
             names = ", ".join(list(tensors)[:3])
             raise UserError(f"{self.path}: cannot read {names}; the checkpoint is damaged") from None
@@ -144,7 +157,7 @@ def write_checkpoint(
     lazy = {key: LazyTensor.of(t) if isinstance(t, Tensor) else t for key, t in tensors.items()}
     with replaced_directory(path) as temporary:
         single = sum(t.bytes for t in lazy.values()) <= SINGLE_FILE_BYTES
-        writer = FileSystemWriter(temporary, single_file_per_rank=single, thread_count=1)
+        writer = FileSystemWriter(temporary, single_file_per_rank=single, thread_count=1, sync_files=False)
         plan: dict = {key: torch.empty(t.shape, dtype=t.dtype, device="meta") for key, t in lazy.items()}
         plan[COMMON_STATE] = _serialized([{}])
         try:
@@ -171,33 +184,55 @@ def _without_process_group() -> Iterator[None]:
 def replaced_directory(path: str | Path) -> Iterator[Path]:
     """A temporary directory that takes the place of `path` when the block ends well, and vanishes when it does not.
 
-    What a kill left of an earlier attempt at the same path is removed.
+    Its files have reached the disk before it gets its name. What a kill left of an earlier attempt at the same path is
+    removed, and the directory that was there before comes back if the kill fell between the two renames.
     """
     path = Path(path)
     prefix = f".{path.name}.partial-"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for leftover in path.parent.glob(f"{glob.escape(prefix)}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix))
+            if leftover.suffix == OLD and not path.exists():
+                os.rename(leftover, path)
+            else:
+                shutil.rmtree(leftover, ignore_errors=True)
+        temporary = temporary_beside(path)
+        temporary.mkdir()
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    old = temporary.with_name(temporary.name + OLD)
     try:
-        temporary.chmod(0o755)
         yield temporary
-        old = None
+        _sync(temporary)
         if path.exists():
-            old = temporary.with_name(temporary.name + ".old")
             os.rename(path, old)
         os.rename(temporary, path)
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
+        _sync_one(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException as error:
+        if old.exists() and not path.exists():
+            os.rename(old, path)
         shutil.rmtree(temporary, ignore_errors=True)
         problem = write_problem(error)
         if problem is not None:
             raise UserError(f"{path}: cannot be written ({problem})") from None
         raise
+
+
+def _sync(directory: Path) -> None:
+    """Wait until everything below a directory is on the disk."""
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            _sync_one(Path(folder, name))
+        _sync_one(Path(folder))
+
+
+def _sync_one(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_problem(error: BaseException) -> str | None:

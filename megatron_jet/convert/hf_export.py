@@ -1,4 +1,4 @@
-"""Megatron checkpoint -> Hugging Face directory, shard by shard."""
+"""Megatron checkpoint -> Hugging Face directory, tensor by tensor."""
 
 import json
 from collections.abc import Mapping
@@ -14,13 +14,16 @@ from megatron_jet.configs.hf_format import HYBRIDS, model_from_hf, model_to_hf
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.convert.global_checkpoint import GlobalCheckpoint, replaced_directory
 from megatron_jet.convert.hf_files import OutTensor, write_hf_tensors
-from megatron_jet.convert.hf_import import COMPANIONS, copy_companions, finite, refuse_existing
+from megatron_jet.convert.hf_import import COMPANIONS, check_output, copy_companions, finite
 from megatron_jet.convert.hf_package import auto_map, write_modeling_code
+from megatron_jet.convert.model_card import model_card
 from megatron_jet.convert.weights import split_row
 from megatron_jet.mixers.params import ParamRow
 from megatron_jet.model.param_table import param_table
 
 Dtype = Literal["stored", "fp32", "bf16"]
+CARD = "README.md"
+COMMAND = "python tools/convert.py export CKPT OUT_HF_DIR"
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -40,10 +43,10 @@ def export_hf(
         checkpoint: model checkpoint of any layout with model_config.json beside the weights.
         out: directory to make.
         dtype: type of the weights; "stored" keeps every tensor's own. A_log stays in fp32 always.
-        shard_bytes: size of one safetensors file, which is also the memory needed.
+        shard_bytes: largest size of one safetensors file, unless a single tensor is larger.
         force: replace an existing `out`.
         companions: directory with the tokenizer's files; None: those kept at import, if any.
-        card: text of README.md; None: the one kept at import or a short one.
+        card: text of README.md; None: the one kept at import if the model is still that one, else a short one.
 
     Returns:
         The model's config.
@@ -53,21 +56,23 @@ def export_hf(
             Nothing is left half-written.
     """
     checkpoint, out = Path(checkpoint), Path(out)
-    refuse_existing(out, force)
+    check_output(out, checkpoint, force, "config.json")
+    if companions is not None and not Path(companions).is_dir():
+        raise UserError(f"{companions}: no such directory; give one with the tokenizer's files")
+    if shard_bytes <= 0:
+        raise UserError(f"size of a shard is {shard_bytes} bytes; give a number above 0")
     source = GlobalCheckpoint(checkpoint)
     model = checkpoint_config(checkpoint)
     rows = param_table(model)
     check_keys(model, rows, source)
-    tensors = [tensor for row in rows for tensor in _out_tensors(row, source, model, dtype)]
-    if companions is None and (checkpoint / COMPANIONS).is_dir():
-        companions = checkpoint / COMPANIONS
+    tensors = hf_tensors(rows, source, model, dtype)
+    companions = Path(companions) if companions is not None else checkpoint / COMPANIONS
     with replaced_directory(out) as temporary:
         write_hf_tensors(temporary, tensors, shard_bytes)
-        if companions is not None:
-            copy_companions(Path(companions), temporary, skip=("config.json",))
+        if companions.is_dir():
+            copy_companions(companions, temporary, skip=("config.json", CARD))
         _write_config(temporary / "config.json", model, checkpoint, _main_dtype(source, rows, dtype))
-        if card is not None:
-            write_text(temporary / "README.md", card)
+        write_text(temporary / CARD, card or _kept_card(model, checkpoint) or model_card(model, command=COMMAND))
         if _is_hybrid(temporary):
             write_modeling_code(temporary)
     return model
@@ -101,22 +106,38 @@ def check_keys(model: ModelConfig, rows: list[ParamRow], source: GlobalCheckpoin
             )
 
 
-def _out_tensors(row: ParamRow, source: GlobalCheckpoint, model: ModelConfig, dtype: Dtype) -> list[OutTensor]:
-    """A row's Hugging Face tensors. Each reads the checkpoint tensor anew: memory matters more here."""
+def hf_tensors(rows: list[ParamRow], source: GlobalCheckpoint, model: ModelConfig, dtype: Dtype) -> list[OutTensor]:
+    """What an export holds, in order; a tensor is read when it is made."""
+    view = _HfView(source, model)
+    return [tensor for row in rows for tensor in _out_tensors(row, view, source, dtype)]
+
+
+class _HfView:
+    """A checkpoint's tensors by Hugging Face name. Keeps the parts of a row, which are asked for one after another."""
+
+    def __init__(self, source: GlobalCheckpoint, model: ModelConfig):
+        self._source, self._model = source, model
+        self._key: str | None = None
+        self._parts: dict[str, Tensor] = {}
+
+    def read(self, row: ParamRow, name: str) -> Tensor:
+        """One Hugging Face tensor of a row, in the checkpoint's type."""
+        if self._key != row.key:
+            self._parts = {}  # let go of the last row before the next one is read
+            full = finite(self._source.read(row.key), row.key, self._source.path)
+            self._parts, self._key = split_row(row, full, self._model), row.key
+        return self._parts[name]
+
+
+def _out_tensors(row: ParamRow, view: _HfView, source: GlobalCheckpoint, dtype: Dtype) -> list[OutTensor]:
+    """A row's Hugging Face tensors."""
     kept = dtype == "stored" or row.dtype is not None
     target = source.dtype(row.key) if kept else TORCH_DTYPES[dtype]
 
     def maker(name: str):
-        def make() -> Tensor:
-            full = finite(source.read(row.key), row.key, source.path)
-            return split_row(row, full, model)[name].to(target)
+        return lambda: view.read(row, name).to(target)
 
-        return make
-
-    return [
-        OutTensor(name, torch.Size(shape).numel() * target.itemsize, maker(name))
-        for name, shape in zip(row.hf, row.shapes, strict=True)
-    ]
+    return [OutTensor(name, shape, target, maker(name)) for name, shape in zip(row.hf, row.shapes, strict=True)]
 
 
 def _main_dtype(source: GlobalCheckpoint, rows: list[ParamRow], dtype: Dtype) -> str:
@@ -125,17 +146,27 @@ def _main_dtype(source: GlobalCheckpoint, rows: list[ParamRow], dtype: Dtype) ->
     return str(target).removeprefix("torch.")
 
 
+def _is_imported(model: ModelConfig, checkpoint: Path) -> bool:
+    """Is this still the model whose config.json was kept at import?"""
+    original = checkpoint / COMPANIONS / "config.json"
+    return original.is_file() and model_from_hf(read_json(original), str(original)) == model
+
+
+def _kept_card(model: ModelConfig, checkpoint: Path) -> str | None:
+    """README.md of the import, if this is still its model."""
+    path = checkpoint / COMPANIONS / CARD
+    return path.read_text(encoding="utf-8") if path.is_file() and _is_imported(model, checkpoint) else None
+
+
 def _write_config(path: Path, model: ModelConfig, checkpoint: Path, dtype: str) -> None:
     """The config.json of the import where it still describes the model, else one written from the ModelConfig.
 
     The first keeps what we do not model, such as norm_eps written as a string, byte for byte.
     """
     config, text = model_to_hf(model, dtype), None
-    original = checkpoint / COMPANIONS / "config.json"
-    if original.is_file():
-        stored = read_json(original)
-        if model_from_hf(stored, str(original)) == model:
-            config, text = stored, original.read_text(encoding="utf-8")
+    if _is_imported(model, checkpoint):
+        text = (checkpoint / COMPANIONS / "config.json").read_text(encoding="utf-8")
+        config = json.loads(text)
     changes = {}
     dtype_key = "dtype" if "dtype" in config else "torch_dtype"
     if config.get(dtype_key, dtype) != dtype:

@@ -1,13 +1,19 @@
-"""Safetensors of a Hugging Face directory: read one tensor at a time, write shard by shard."""
+"""Safetensors of a Hugging Face directory: read and write them one tensor at a time.
 
+The `safetensors` library writes a file from tensors that are all there. Here they are made one after another, so the
+files are laid out first: 8 bytes with the header's length, the header (JSON: type, shape and place of each tensor),
+then the data without gaps. Source of the format: github.com/huggingface/safetensors, README.
+"""
+
+import json
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_jet.configs.errors import UserError
@@ -21,6 +27,8 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+HEADER_ALIGNMENT = 8  # of the data behind the header, so that every tensor starts at a multiple of its type's size
 
 
 class HfTensors:
@@ -29,21 +37,28 @@ class HfTensors:
     All headers are read and all file sizes checked at once; data only when asked for.
 
     Raises:
-        UserError: no safetensors, a file that is missing, truncated or unreadable; the message names it.
+        UserError: no safetensors, a file that is missing, truncated or unreadable, a tensor that is there twice, an
+            index that does not fit the files; the message names it.
     """
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
         self._files: dict[str, Path] = {}
         self._headers: dict[str, tuple[tuple[int, ...], str]] = {}
-        for path in self._shards():
+        index = self.directory / INDEX
+        places = _read_index(index) if index.is_file() else None
+        for path in self._shards(places):
             _check_size(path)
+            _check_repeated(path)
             with _opened(path) as file:
                 for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    if name in self._files:
+                        raise UserError(f"{path}: tensor '{name}' is in {self._files[name].name} as well")
                     piece = file.get_slice(name)
                     self._files[name] = path
                     self._headers[name] = (tuple(piece.get_shape()), piece.get_dtype())
-        self._check_index()
+        if places is not None:
+            self._check_index(index, places)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -68,11 +83,10 @@ class HfTensors:
         with _opened(self._files[name]) as file:
             return file.get_tensor(name)
 
-    def _shards(self) -> list[Path]:
-        index, single = self.directory / INDEX, self.directory / SINGLE
-        if index.is_file():
-            names = sorted(set(read_json(index).get("weight_map", {}).values()))
-            paths = [self.directory / name for name in names]
+    def _shards(self, places: dict[str, str] | None) -> list[Path]:
+        single = self.directory / SINGLE
+        if places is not None:
+            paths = [self.directory / name for name in sorted(set(places.values()))]
         elif single.is_file():
             paths = [single]
         else:
@@ -84,25 +98,31 @@ class HfTensors:
                 raise UserError(f"{path}: no such file, but {INDEX} names it")
         return paths
 
-    def _check_index(self) -> None:
-        index = self.directory / INDEX
-        if index.is_file():
-            for name, file in read_json(index).get("weight_map", {}).items():
-                if self._files.get(name) != self.directory / file:
-                    raise UserError(f"{index}: tensor '{name}' is not in {file}")
+    def _check_index(self, index: Path, places: dict[str, str]) -> None:
+        for name, file in places.items():
+            if self._files.get(name) != self.directory / file:
+                raise UserError(f"{index}: tensor '{name}' is not in {file}")
+        for name, path in self._files.items():
+            if name not in places:
+                raise UserError(f"{index}: tensor '{name}' of {path.name} is not listed")
 
 
 @dataclass(frozen=True)
 class OutTensor:
-    """A tensor to write, made when its shard is."""
+    """A tensor to write, made when it is written. `make` must give this shape and type."""
 
     name: str
-    bytes: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
     make: Callable[[], Tensor]
+
+    @property
+    def bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 def write_hf_tensors(directory: Path, tensors: list[OutTensor], shard_bytes: int) -> list[Path]:
-    """Write safetensors, holding one shard in memory at a time.
+    """Write safetensors, holding one tensor in memory at a time.
 
     Args:
         directory: an existing directory.
@@ -113,15 +133,17 @@ def write_hf_tensors(directory: Path, tensors: list[OutTensor], shard_bytes: int
         The files written; with more than one there is an index among them.
     """
     shards: list[list[OutTensor]] = [[]]
+    size = 0
     for tensor in tensors:
-        if shards[-1] and sum(t.bytes for t in shards[-1]) + tensor.bytes > shard_bytes:
+        if shards[-1] and size + tensor.bytes > shard_bytes:
             shards.append([])
+            size = 0
         shards[-1].append(tensor)
+        size += tensor.bytes
     paths, weight_map = [], {}
     for number, shard in enumerate(shards, 1):
         name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        # A copy gives each tensor storage of its own, as the format demands.
-        save_file({t.name: t.make().contiguous().clone() for t in shard}, directory / name, metadata={"format": "pt"})
+        _write_shard(directory / name, shard)
         paths.append(directory / name)
         weight_map |= {t.name: name for t in shard}
     if len(shards) > 1:
@@ -131,6 +153,38 @@ def write_hf_tensors(directory: Path, tensors: list[OutTensor], shard_bytes: int
     return paths
 
 
+def _write_shard(path: Path, tensors: list[OutTensor]) -> None:
+    """One file. Wide types come first, which keeps every tensor aligned; else the order is the caller's."""
+    tensors = sorted(tensors, key=lambda t: -t.dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for t in tensors:
+        start, end = end, end + t.bytes
+        header[t.name] = {"dtype": DTYPE_NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % HEADER_ALIGNMENT)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for t in tensors:
+            file.write(_bytes_of(t))
+
+
+def _bytes_of(t: OutTensor) -> memoryview:
+    tensor = t.make().contiguous()
+    if (tuple(tensor.shape), tensor.dtype) != (t.shape, t.dtype):
+        raise ValueError(f"{t.name}: made {tuple(tensor.shape)} {tensor.dtype}, announced {t.shape} {t.dtype}")
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """File name by tensor name."""
+    content = read_json(index)
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+        raise UserError(f"{index}: has no weight_map from tensor names to file names")
+    return places
+
+
 def _check_size(path: Path) -> None:
     """A safetensors file says in its header how long it is."""
     size = path.stat().st_size
@@ -138,6 +192,25 @@ def _check_size(path: Path) -> None:
         start = file.read(8)
     if len(start) < 8 or 8 + struct.unpack("<Q", start)[0] > size:
         raise UserError(f"{path}: truncated safetensors ({size} bytes); download or copy it again")
+
+
+def _check_repeated(path: Path) -> None:
+    """Raise UserError when a header names a tensor twice, of which the library would read the last."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise UserError(f"{path}: tensor '{name}' is there twice")
+            found[name] = value
+        return found
+
+    with open(path, "rb") as file:
+        header = file.read(struct.unpack("<Q", file.read(8))[0])
+    try:
+        json.loads(header, object_pairs_hook=unique)
+    except ValueError:
+        return  # the library says what is wrong with it
 
 
 def _opened(path: Path) -> safe_open:

@@ -10,7 +10,7 @@ from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import read_json
 from megatron_jet.configs.hf_format import model_from_hf
 from megatron_jet.configs.model import ModelConfig
-from megatron_jet.convert.global_checkpoint import LazyTensor, write_checkpoint
+from megatron_jet.convert.global_checkpoint import COMPLETE_MARK, LazyTensor, write_checkpoint
 from megatron_jet.convert.hf_files import HfTensors
 from megatron_jet.mixers.layouts import join
 from megatron_jet.mixers.params import ParamRow
@@ -18,7 +18,7 @@ from megatron_jet.model.param_table import param_table
 
 COMPANIONS = "hf"  # folder beside the weights with config.json, tokenizer and the like, as they were
 
-# Names of the files that make a tokenizer and a config.
+# Names of the files that make a tokenizer and a config, and of the texts that must travel with a model.
 COMPANION_STEMS = (
     "config",
     "generation_config",
@@ -29,6 +29,7 @@ COMPANION_STEMS = (
     "merges",
     "chat",
 )
+TEXTS = ("README.md", "LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 
 
 def import_hf(hf_dir: str | Path, out: str | Path, *, force: bool = False) -> ModelConfig:
@@ -50,7 +51,7 @@ def import_hf(hf_dir: str | Path, out: str | Path, *, force: bool = False) -> Mo
             existing `out`. Nothing is left half-written.
     """
     hf_dir, out = Path(hf_dir), Path(out)
-    refuse_existing(out, force)
+    check_output(out, hf_dir, force, COMPLETE_MARK)
     if not hf_dir.is_dir():
         raise UserError(f"{hf_dir}: no such directory; give a Hugging Face model directory")
     config_path = hf_dir / "config.json"
@@ -63,10 +64,23 @@ def import_hf(hf_dir: str | Path, out: str | Path, *, force: bool = False) -> Mo
     return model
 
 
-def refuse_existing(path: Path, force: bool) -> None:
-    """Raise UserError when an output is there already and may not be replaced."""
-    if path.exists() and not force:
+def check_output(path: Path, source: Path, force: bool, mark: str) -> None:
+    """Raise UserError when an output is there already and may not be replaced.
+
+    Args:
+        path: the output directory.
+        source: what is read.
+        force: the user wants an earlier output replaced.
+        mark: file that every such output has; `force` removes nothing else than these.
+    """
+    if source.resolve().is_relative_to(path.resolve()):
+        raise UserError(f"{path}: the output would replace the input {source}; choose another output")
+    if not path.exists():
+        return
+    if not force:
         raise UserError(f"{path} exists; choose another output or pass --force to replace it")
+    if not path.is_dir() or (any(path.iterdir()) and not (path / mark).is_file()):
+        raise UserError(f"{path} is not an earlier output (it has no {mark}); --force replaces nothing else")
 
 
 def check_tensors(model: ModelConfig, rows: list[ParamRow], source: HfTensors) -> None:
@@ -91,8 +105,12 @@ def check_tensors(model: ModelConfig, rows: list[ParamRow], source: HfTensors) -
 
 
 def finite(tensor: Tensor, name: str, where: str | Path) -> Tensor:
-    """The tensor. Raises UserError when it holds NaN or infinity."""
-    if not torch.isfinite(tensor).all():
+    """The tensor. Raises UserError when it holds NaN or infinity.
+
+    Either shows in the smallest and the largest value (NaN is passed on). They are found in one pass without a copy,
+    where `isfinite` makes several temporary tensors as large as this one.
+    """
+    if tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
         raise UserError(f"{where}: tensor '{name}' holds NaN or infinite values")
     return tensor
 
@@ -124,10 +142,11 @@ def _named(what: str, names: list[str]) -> str:
 
 
 def copy_companions(source: Path, out: Path, skip: tuple[str, ...] = ()) -> None:
-    """Copy the config and tokenizer files; weights, code and what else lies beside them stay."""
+    """Copy config, tokenizer files, card and licence; weights, code and what else lies beside them stay."""
     out.mkdir(exist_ok=True)
     for path in sorted(source.iterdir()):
         text = path.suffix in (".json", ".txt", ".model", ".jinja", ".tiktoken")
         named = path.name.startswith(COMPANION_STEMS) or path.suffix in (".model", ".tiktoken")
-        if path.is_file() and text and named and path.name not in skip:
+        legal = path.name.startswith(TEXTS) and path.suffix in ("", ".md", ".txt")
+        if path.is_file() and (legal or (text and named)) and path.name not in skip:
             shutil.copyfile(path, out / path.name)

@@ -1,11 +1,12 @@
 """export: the final model as a Hugging Face directory that loads by itself, compared with the Megatron model."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_jet.configs.files import hash_file
+from megatron_jet.configs.files import hash_file, read_json
 from megatron_jet.configs.hf_format import hf_model_type
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.results import ExportResult, Measured, TrainStageResult
@@ -23,6 +24,7 @@ from megatron_jet.postnas.stage import StageContext, common_inputs
 from megatron_jet.training.checkpoint import load_model
 from megatron_jet.training.parallel import parallel_session
 
+LAUNCHER = "postnas.py"
 EXPORT = "export"  # folder in the run directory
 COMPARED_SEQUENCES = 4  # of each held-out set
 
@@ -58,7 +60,15 @@ class ExportStage:
     def _write(self, ctx: StageContext, checkpoint: Path, out: Path, trained: TrainStageResult) -> None:
         settings = ctx.config.export
         model = ModelConfig.parse(trained.model_config_, "final model")
-        card = model_card(model, teacher=ctx.config.teacher.path, recipe=ctx.config.recipe, scores=trained.after)
+        card = model_card(
+            model,
+            command=launch_command(ctx),
+            teacher=ctx.config.teacher.path,
+            recipe=ctx.config.recipe,
+            placement=ctx.result("placement"),
+            scores=trained.after,
+            scored_on=scored_on(ctx, trained),
+        )
         export_hf(
             checkpoint,
             out,
@@ -88,6 +98,30 @@ class ExportStage:
                 return max(float((a - b.cpu()).abs().max()) for a, b in zip(ours, theirs))
 
             return on_main(compare)
+
+
+def scored_on(ctx: StageContext, trained: TrainStageResult) -> str:
+    """The data of the card's scores, which are older than those of the evaluate stage and of fewer sequences."""
+    samples = ctx.config.stage(trained.stage).eval.samples
+    return (
+        f"the split `{ctx.data.heldout_split}`, at most {samples} sequences of each set, taken at the end of "
+        f"{trained.stage} (the run's report has those of its evaluate stage)"
+    )
+
+
+def launch_command(ctx: StageContext) -> str:
+    """What the run was started with, less where its output went: equal runs make equal cards wherever they lie."""
+    provenance = ctx.run_dir / "provenance.json"
+    launches = read_json(provenance).get("launches", []) if provenance.is_file() else []
+    words = shlex.split(launches[0]["command"]) if launches else []
+    start = next((i for i, word in enumerate(words) if word.endswith(LAUNCHER)), None)
+    if start is None:
+        return f"python launcher/{LAUNCHER} run {ctx.config.recipe}"
+    rest = words[start + 1 :]
+    if "--output" in rest:
+        at = rest.index("--output")
+        del rest[at : at + 2]
+    return shlex.join(["python", f"launcher/{LAUNCHER}", *(word for word in rest if not word.startswith("--output="))])
 
 
 def final_stage(ctx: StageContext) -> str:
