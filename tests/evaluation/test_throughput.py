@@ -11,7 +11,9 @@ from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.recipes.known_models import jet_nemotron_2b_model, qwen3_1_7b
 from megatron_jet.configs.stages import ThroughputConfig
 from megatron_jet.convert.hf.cache import HybridCache
+from megatron_jet.evaluation.throughput import session as session_module
 from megatron_jet.evaluation.throughput.batch_search import is_out_of_memory, largest_batch, session_fits
+from megatron_jet.evaluation.throughput.caches import addresses, new_cache, state_layers
 from megatron_jet.evaluation.throughput.models import random_model
 from megatron_jet.evaluation.throughput.paper import paper_generation, paper_ratios, published_name
 from megatron_jet.evaluation.throughput.protocol import rates, run_interleaved, schedule
@@ -29,6 +31,7 @@ PLAIN = ModelConfig(
     head_dim=4,
     vocab_size=40,
     max_position_embeddings=256,
+    initializer_range=0.6,  # so that tokens depend on what is cached, not on the last one alone
     layer_plan=("attn", "attn"),
 )
 JET = JetBlockConfig(num_heads=2, head_dim=6, expand_v=1.5, dconv_generator_reduction=2)
@@ -211,19 +214,22 @@ def test_the_tokens_timed_are_the_model_s(shape):
     assert torch.equal(tokens[:, load.context + 1 :].T, first)
 
 
-def test_buffers_stay_where_they_are(monkeypatch):
+@pytest.mark.parametrize("new_tokens", [5, 100], ids=["few", "more_than_the_prompt"])
+@pytest.mark.parametrize("shape", [PLAIN, HYBRID], ids=["transformers", "hybrid"])
+def test_buffers_stay_where_they_are(monkeypatch, shape, new_tokens):
     """What CUDA graphs rely on: after opening, runs allocate no cache; prefill leaves the states at one address."""
-    from megatron_jet.evaluation.throughput import session as module
-    from megatron_jet.evaluation.throughput.caches import addresses, state_layers
-
     torch.manual_seed(0)
-    load = Load(context=21, batch_size=2, prefill_chunk=8, new_tokens=5)
+    load = Load(context=21, batch_size=2, prefill_chunk=8, new_tokens=new_tokens)
+    places, model = [], random_model(shape, "fp32", CPU)
 
     class Replay:
-        """Stands in for recorded graphs: runs the steps, after checking where they read."""
+        """Stands in for recorded graphs: runs the steps, after checking where they start and read."""
 
         def __init__(self, step, steps, stream):
             self.step, self.steps = step, steps
+            for i in range(steps):
+                places.append(session._cache.get_seq_length())
+                step(i)
 
         def replay(self, steps=None):
             for layer in state_layers(session._cache):
@@ -231,25 +237,21 @@ def test_buffers_stay_where_they_are(monkeypatch):
             for i in range(steps or self.steps):
                 self.step(i)
 
-    for shape in (PLAIN, HYBRID):
-        model = random_model(shape, "fp32", CPU)
-        with Session(model, load, "eager") as eager:
-            eager.run(seed=3)
-            expected = eager.tokens()
-        with monkeypatch.context() as patch:
-            patch.setattr(module, "DecodeGraphs", Replay)
-            session = Session(model, load, "graph")
-            with session:
-                before = addresses(session._cache)
-                for seed in (2, 3):
-                    session.run(seed)
-                    assert addresses(session._cache) == before
-                assert torch.equal(session.tokens(), expected)
+    with Session(model, load, "eager") as eager:
+        eager.run(seed=3)
+        expected = eager.tokens()
+    monkeypatch.setattr(session_module, "DecodeGraphs", Replay)
+    session = Session(model, load, "graph")
+    with session:
+        assert places == list(range(load.context, load.longest))
+        before = addresses(session._cache)
+        for seed in (2, 3):
+            session.run(seed)
+            assert addresses(session._cache) == before
+        assert torch.equal(session.tokens(), expected)
 
 
 def test_a_hybrid_cache_is_made_for_hybrids_only():
-    from megatron_jet.evaluation.throughput.caches import new_cache
-
     assert isinstance(new_cache(random_model(HYBRID, "fp32", CPU).config, 8), HybridCache)
     sliding = random_model(PLAIN, "fp32", CPU).config
     sliding.layer_types = ["full_attention", "sliding_attention"]

@@ -18,11 +18,12 @@ def plot(result: ThroughputResult, path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
-    with figure(1, 2, 2.9) as (made, axes_list):
+    with figure(1, 2, 3.1) as (made, axes_list):
         for axes, (kind, title) in zip(axes_list, PANELS):
             _panel(axes, result, kind)
             axes.set_title(title)
-        axes_list[0].legend(loc="lower left")
+        lines, labels = axes_list[0].get_legend_handles_labels()
+        made.legend(lines, labels, loc="outside lower center", ncols=len(labels))
         made.savefig(temporary, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)
     os.replace(temporary, path)
 
