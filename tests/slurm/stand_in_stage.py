@@ -8,6 +8,7 @@ out or done by half shows. STAND_IN says how targets behave, `target=behaviour` 
     kill@K        the last process kills itself with SIGKILL at step K the first time
     deaf          does not hear SIGUSR1
     long          takes 400 steps
+    hold          takes no last step before the run directory has a file `release`
     usage         exits 2
 """
 
@@ -32,7 +33,7 @@ class Worker:
         stage, _, candidate = target.partition(":")
         self.stage = run_dir / "stages" / stage
         self.directory = self.stage / "jobs" / candidate if candidate else self.stage
-        self.target = target
+        self.target, self.release = target, run_dir / "release"
         self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.attempt = os.environ.get("SLURM_RESTART_COUNT", "0")
         wanted = dict(item.split("=") for item in os.environ.get("STAND_IN", "").split(",") if item)
@@ -58,6 +59,8 @@ class Worker:
         while step < self.steps:
             self._misbehave(step)
             time.sleep(STEP_SECONDS)
+            if self.behaviour == "hold" and step == self.steps - 1 and not (self.release.exists() or self.stopped_by):
+                continue
             step, value = step + 1, (value * 1103515245 + 12345) % 2**31
             stop = self._agree_to_stop(step)
             if stop or step % CHECKPOINT_EVERY == 0:

@@ -127,7 +127,7 @@ def test_bad_node_is_named_excluded_and_the_job_runs_elsewhere(submit, tmp_path)
     """The first node of stage 1 that is asked has a broken fan from then on."""
     bad = tmp_path / "bad"
     check = (
-        f'if [ "$POSTNAS_JOB" = stage1 ] && mkdir {tmp_path}/asked 2> /dev/null; then echo "$SLURMD_NODENAME" > {bad}; fi; '
+        f'if [ "$POSTNAS_JOB" = stage1 ] && mkdir {bad}.asked 2> /dev/null; then echo "$SLURMD_NODENAME" > {bad}; fi; '
         f'if [ "$(cat {bad} 2> /dev/null)" = "$SLURMD_NODENAME" ]; then echo fan is broken >&2; exit 3; fi'
     )
     preflight = {"free_disk_gib": 0.01, "min_bandwidth_gb_per_s": 0, "timeout_seconds": 120, "command": check}

@@ -155,6 +155,8 @@ def _experiment(run, graph: JobGraph, cluster, place: JobPlace, title: str, wait
         enable_goodbye_message=False,
         skip_status_at_exit=True,
     )
+    # Quiet now, but not for ever: it is stored, and would silence `nemo experiment status` later.
+    experiment.clean_mode = False
     return experiment, contextlib.redirect_stdout(io.StringIO())
 
 
