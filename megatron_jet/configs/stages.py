@@ -47,6 +47,7 @@ class ThroughputConfig(StrictModel):
     new_tokens: int = Field(default=16, gt=0)
     iterations: int = Field(default=5, gt=0)
     warmup: int = Field(default=1, ge=0)
+    decode: Literal["auto", "eager", "graph"] = Field(default="auto", description="auto: CUDA graphs on a GPU")
     tie: float = Field(default=0.03, ge=0, description="relative difference under which two throughputs count as equal")
 
 

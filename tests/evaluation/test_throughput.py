@@ -267,6 +267,8 @@ def test_stages_get_a_figure_per_context_and_a_clear_error():
     assert all(value > 0 for value in [*speed.generation.values(), *speed.prefill.values()])
     with pytest.raises(UserError, match=r"throughput.contexts: 302 tokens .* 256 positions"):
         measure_model(model, settings.replace(contexts=(300,)))
+    with pytest.raises(UserError, match="throughput.decode=graph: CUDA graphs need a GPU"):
+        measure_model(model, settings.replace(decode="graph"))
 
 
 def test_the_paper_s_figures_stand_beside_its_own_models_only():

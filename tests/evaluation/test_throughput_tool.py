@@ -7,15 +7,23 @@ import pytest
 import torch
 
 from evaluation.tools import ROOT, load_tool
+from megatron_jet.configs.cost import model_cost
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import write_json
 from megatron_jet.configs.hf_format import model_to_hf
 from megatron_jet.configs.mixers.jet_block import JetBlockConfig
 from megatron_jet.configs.model import ModelConfig
+from megatron_jet.configs.recipes.known_models import KNOWN_MODELS
 from megatron_jet.evaluation import device as device_module
 from megatron_jet.evaluation.throughput import comparison
 from megatron_jet.evaluation.throughput.comparison import Protocol, choose_load, default_chunk
-from megatron_jet.evaluation.throughput.models import choose_attention, display_name, open_subject, open_subjects
+from megatron_jet.evaluation.throughput.models import (
+    choose_attention,
+    display_name,
+    open_subject,
+    open_subjects,
+    random_model,
+)
 from megatron_jet.evaluation.throughput.result import ThroughputResult
 from megatron_jet.evaluation.throughput.roofline import decode_weight_bytes, predicted_cache_bytes
 
@@ -136,6 +144,29 @@ def test_search_within_a_memory_limit(config_file):
         choose_load(subject, 16, replace(protocol, memory_limit=100), CPU)
 
 
+def test_a_batch_that_does_not_fit_after_all_gets_smaller(config_file, monkeypatch):
+    """The search's word is good for opening; memory in pieces may fail later. Nothing of the failed try stays."""
+    (subject,) = subjects(config_file, 1)
+    real, said = subject.model.forward, []
+
+    def forward(input_ids, **options):
+        if input_ids.shape[0] > 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(input_ids=input_ids, **options)
+
+    monkeypatch.setattr(subject.model, "forward", forward)
+    search = replace(PROTOCOL, contexts=(16,), batch_size=None, max_batch=8, memory_limit=10**9)
+    result = comparison.compare([subject], search, CPU, SPEED, HEAD, said.append, lambda part: None)
+    assert [row.batch_size for row in result.rows] == [6]
+    assert [line for line in said if "out of memory" in line] == [
+        "16 tokens: out of memory, trying batch 7",
+        "16 tokens: out of memory, trying batch 6",
+    ]
+    fixed = replace(PROTOCOL, contexts=(16,), batch_size=8)
+    with pytest.raises(UserError, match="out of memory at 16 tokens with batch 8; choose a smaller --batch-size"):
+        comparison.compare([subject], fixed, CPU, SPEED, HEAD, said.append, lambda part: None)
+
+
 def test_chunks_keep_the_tokens_of_a_pass_in_bounds():
     assert default_chunk(4096, 4, CPU) == 512
     assert default_chunk(100, 4, CPU) == 100
@@ -192,6 +223,14 @@ def test_longer_than_the_positions_on_request(config_file):
         open_subject(str(config_file), **options)
     subject = open_subject(str(config_file), beyond_positions=True, **options)
     assert subject.shape.max_position_embeddings == subject.model.config.max_position_embeddings == 500
+
+
+@pytest.mark.parametrize("name", KNOWN_MODELS)
+def test_published_models_can_be_made_by_name(name):
+    """On the meta device: shapes only. Their parameters are as many as the formulas say."""
+    model = random_model(KNOWN_MODELS[name](), "bf16", torch.device("meta"))
+    assert sum(x.numel() for x in model.parameters()) == model_cost(KNOWN_MODELS[name](), 1).total_params
+    assert {x.dtype for x in model.parameters()} == {torch.bfloat16}
 
 
 def test_names_and_attention(tmp_path):

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from megatron_jet.configs.cost import model_cost
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.layer_plan import split_entry
 from megatron_jet.evaluation.device import Rates as DeviceRates
-from megatron_jet.evaluation.throughput.batch_search import largest_batch, session_fits
+from megatron_jet.evaluation.throughput.batch_search import is_out_of_memory, largest_batch, session_fits
 from megatron_jet.evaluation.throughput.models import Subject
 from megatron_jet.evaluation.throughput.paper import paper_generation, paper_ratios, published_name
 from megatron_jet.evaluation.throughput.protocol import Rates, rates, run_interleaved
@@ -23,7 +23,7 @@ from megatron_jet.evaluation.throughput.roofline import (
     predicted_cache_bytes,
     prefill_work,
 )
-from megatron_jet.evaluation.throughput.session import Load, Session
+from megatron_jet.evaluation.throughput.session import Load, Session, Timing, check_decode
 
 # Tokens of one prefill chunk over the whole batch: enough to keep the device busy, few enough for its memory.
 CHUNK_TOKENS = {"cuda": 65536, "cpu": 2048}
@@ -61,11 +61,8 @@ class Protocol:
 
     def check(self, device: torch.device) -> None:
         """Raise UserError for what this device cannot do."""
-        if device.type == "cuda":
-            return
-        if self.decode == "graph":
-            raise UserError("--decode graph: CUDA graphs need a GPU; use --decode eager or auto")
-        if self.batch_size is None and self.memory_limit is None:
+        check_decode(self.decode, device, "--decode graph")
+        if device.type != "cuda" and self.batch_size is None and self.memory_limit is None:
             raise UserError("--batch-size search: a CPU has no memory limit to find; give --memory-limit or a number")
 
 
@@ -138,14 +135,38 @@ def _measure_context(
     present = [subject for subject in subjects if subject.name in loads]
     sizes = ", ".join(f"{name} batch {load.batch_size} chunk {load.prefill_chunk}" for name, load in loads.items())
     say(f"{context} tokens: timing {sizes}" if loads else f"{context} tokens: nothing to time")
-    sessions = [Session(subject.model, loads[subject.name], protocol.decode) for subject in present]
-    turn = TURN if device.type == "cuda" else None
-    timings = run_interleaved(sessions, protocol.iterations, turn)
+    sessions, timings = _time(present, [loads[subject.name] for subject in present], protocol, device, say)
     rows = []
     for subject, session, times in zip(present, sessions, timings):
         found = rates(times, session.load, protocol.dropped)
         rows.append(make_row(subject, session, found, protocol.dtype, speed))
     return rows, skipped
+
+
+def _time(
+    subjects: Sequence[Subject],
+    loads: list[Load],
+    protocol: Protocol,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> tuple[list[Session], list[list[Timing]]]:
+    """Run the sessions. A batch that was found to fit may not after all (memory in pieces); then all get smaller."""
+    turn = TURN if device.type == "cuda" else None
+    while True:
+        sessions = [Session(subject.model, load, protocol.decode) for subject, load in zip(subjects, loads)]
+        try:
+            return sessions, run_interleaved(sessions, protocol.iterations, turn)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        # Out of the handler, so that nothing holds on to the memory of what failed.
+        if protocol.batch_size is not None or all(load.batch_size == 1 for load in loads):
+            raise UserError(
+                f"out of memory at {loads[0].context} tokens with batch {max(load.batch_size for load in loads)}; "
+                "choose a smaller --batch-size, or 'search'"
+            )
+        loads = [replace(load, batch_size=max(1, load.batch_size * 7 // 8)) for load in loads]
+        say(f"{loads[0].context} tokens: out of memory, trying batch {', '.join(str(x.batch_size) for x in loads)}")
 
 
 def choose_load(subject: Subject, context: int, protocol: Protocol, device: torch.device) -> Load:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from megatron_jet.configs.errors import UserError
 from megatron_jet.evaluation.throughput.caches import (
     addresses,
     cache_bytes,
@@ -20,8 +21,6 @@ from megatron_jet.evaluation.throughput.caches import (
     rewind,
 )
 from megatron_jet.evaluation.throughput.graphs import DecodeGraphs
-
-DECODE_MODES = ("auto", "eager", "graph")
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,11 @@ class Session:
         self.cache_bytes = 0
 
     def __enter__(self) -> "Session":
-        self.open()
+        try:
+            self.open()
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(self, *exc) -> None:
@@ -201,6 +204,12 @@ class Session:
 
     def _on_stream(self):
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+
+def check_decode(decode: str, device: torch.device, where: str) -> None:
+    """Raise UserError when this device cannot decode so; `where` names the setting."""
+    if decode == "graph" and device.type != "cuda":
+        raise UserError(f"{where}: CUDA graphs need a GPU; use eager or auto")
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.stages import ThroughputConfig
 from megatron_jet.evaluation.throughput.models import check_positions, random_model
 from megatron_jet.evaluation.throughput.protocol import rates, run_interleaved
-from megatron_jet.evaluation.throughput.session import Load, Session
+from megatron_jet.evaluation.throughput.session import Load, Session, check_decode
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,17 @@ def measure_model(model: PreTrainedModel, settings: ThroughputConfig) -> Speed:
     clock is steady, one context after the other.
 
     Raises:
-        UserError: a context the model has no positions for.
+        UserError: a context the model has no positions for, or CUDA graphs without a GPU.
     """
     loads = [
         Load(context, settings.batch_size, settings.prefill_chunk, settings.new_tokens) for context in settings.contexts
     ]
     check_positions(model.config.max_position_embeddings, max(load.longest for load in loads), "throughput.contexts")
+    check_decode(settings.decode, model.device, "throughput.decode=graph")
     model.eval()
     iterations = settings.warmup + settings.iterations
     turn = iterations if model.device.type == "cuda" else None
-    timings = run_interleaved([Session(model, load) for load in loads], iterations, turn)
+    timings = run_interleaved([Session(model, load, settings.decode) for load in loads], iterations, turn)
     found = {str(load.context): rates(rows, load, settings.warmup) for load, rows in zip(loads, timings)}
     return Speed(
         generation={context: rate.generation for context, rate in found.items()},
