@@ -14,7 +14,7 @@ from megatron_jet.configs.run_estimate import planned_student
 from megatron_jet.configs.teacher_source import teacher_model
 from megatron_jet.evaluation import device as device_module
 from megatron_jet.evaluation import kernel_bench
-from megatron_jet.evaluation.kernel_cases import CASES, Draw, Shape
+from megatron_jet.evaluation.kernel_cases import CASES, Draw, Shape, use_backend
 from megatron_jet.training import bench
 
 CPU = torch.device("cpu")
@@ -48,7 +48,6 @@ def test_bytes_by_hand():
 
 @pytest.mark.parametrize("operation", CASES)
 def test_reference_is_timed_and_gpu_kernels_say_why_not(operation):
-    before = os.environ.get("JET_KERNELS")
     rows = list(kernel_bench.bench([operation], [SMALL], CPU, torch.float32, 1e9))
     passes = ["forward"] if CASES[operation].decodes else ["forward", "forward+backward"]
     assert [row.passes for row in rows if row.backend == "reference"] == passes
@@ -61,6 +60,16 @@ def test_reference_is_timed_and_gpu_kernels_say_why_not(operation):
         else:
             assert row.skipped == f"{row.backend} needs a GPU, this is cpu" and not row.measured
     assert len(rows) == 2 * len(passes)
+
+
+@pytest.mark.parametrize("before", [None, "reference"])
+def test_choice_of_a_backend_is_undone(monkeypatch, before):
+    if before is None:
+        monkeypatch.delenv("JET_KERNELS", raising=False)
+    else:
+        monkeypatch.setenv("JET_KERNELS", before)
+    with use_backend("chunk_gla", "fla"):
+        assert os.environ["JET_KERNELS"] == "auto,chunk_gla=fla"
     assert os.environ.get("JET_KERNELS") == before
 
 
