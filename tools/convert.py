@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -61,6 +62,14 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was written", file=sys.stderr)
+        return 75
+
+
+def stop(number: int, frame: object) -> None:
+    """SIGTERM ends the command as Ctrl-C does, so that what is half-written is removed."""
+    raise KeyboardInterrupt
 
 
 def run_import(args: argparse.Namespace) -> int:
@@ -112,4 +121,5 @@ def summary(model) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
     sys.exit(main())

@@ -77,8 +77,8 @@ def _model(config: dict[str, Any], where: str) -> ModelConfig:
             "bos_token_id": config.get("bos_token_id"),
             "eos_token_id": config.get("eos_token_id"),
             "pad_token_id": config.get("pad_token_id"),
-            "layer_plan": _plan(config, model_type, num_layers, where),
             "mixers": _mixers(config, where) if model_type in HYBRIDS else {},
+            "layer_plan": _plan(config, model_type, num_layers, where),
         },
         where,
     )
@@ -210,6 +210,8 @@ def _plan(config: dict[str, Any], model_type: str, num_layers: int, where: str) 
     windows = config.get("windows") or [one_window] * len(types)
     if len(windows) != len(types):
         raise UserError(f"{where}: windows has {len(windows)} entries but layer_types has {len(types)}")
+    if any(kind == "swa" and window is None for kind, window in zip(types, windows, strict=True)):
+        raise UserError(f"{where}: efficient_attention_config.swa.window_size is missing, and there are swa layers")
     return tuple(f"swa:{window}" if kind == "swa" else str(kind) for kind, window in zip(types, windows, strict=True))
 
 

@@ -48,8 +48,7 @@ class HfTensors:
         index = self.directory / INDEX
         places = _read_index(index) if index.is_file() else None
         for path in self._shards(places):
-            _check_size(path)
-            _check_repeated(path)
+            _check_header(path)
             with _opened(path) as file:
                 for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
                     if name in self._files:
@@ -185,17 +184,18 @@ def _read_index(index: Path) -> dict[str, str]:
     return places
 
 
-def _check_size(path: Path) -> None:
-    """A safetensors file says in its header how long it is."""
+def _check_header(path: Path) -> None:
+    """Raise UserError when a file is shorter than its header says, or names a tensor twice.
+
+    The library would read the last of two. What else may be wrong with a file, the library says itself.
+    """
     size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(8)
-    if len(start) < 8 or 8 + struct.unpack("<Q", start)[0] > size:
-        raise UserError(f"{path}: truncated safetensors ({size} bytes); download or copy it again")
-
-
-def _check_repeated(path: Path) -> None:
-    """Raise UserError when a header names a tensor twice, of which the library would read the last."""
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if 8 + length > size:
+            raise _truncated(path, size)
+        text = file.read(length)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -205,17 +205,22 @@ def _check_repeated(path: Path) -> None:
             found[name] = value
         return found
 
-    with open(path, "rb") as file:
-        header = file.read(struct.unpack("<Q", file.read(8))[0])
     try:
-        json.loads(header, object_pairs_hook=unique)
-    except ValueError:
-        return  # the library says what is wrong with it
+        header = json.loads(text, object_pairs_hook=unique)
+        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        truncated = 8 + length + end > size
+    except (ValueError, TypeError, AttributeError, LookupError):
+        return
+    if truncated:
+        raise _truncated(path, size)
+
+
+def _truncated(path: Path, size: int) -> UserError:
+    return UserError(f"{path}: truncated safetensors ({size} bytes); download or copy it again")
 
 
 def _opened(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        what = "truncated" if "Incomplete" in str(error) else "unreadable"
-        raise UserError(f"{path}: {what} safetensors ({error}); download or copy it again") from None
+        raise UserError(f"{path}: unreadable safetensors ({error}); download or copy it again") from None

@@ -2,13 +2,25 @@
 
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from convert.convert_cases import check_one_line, convert, copy_oracle, edit_config, edit_tensors, rewrite
+from convert.convert_cases import (
+    check_one_line,
+    convert,
+    copy_oracle,
+    edit_config,
+    edit_tensors,
+    into_shards,
+    rewrite,
+)
+from megatron_jet.configs.errors import UserError
 from megatron_jet.convert.hf_files import INDEX
+from megatron_jet.convert.hf_import import finite
 
 NAN_NAME = "model.layers.2.mlp.up_proj.weight"
 
@@ -79,6 +91,146 @@ def test_truncated_safetensors(kept, oracle, tmp_path, capsys):
     assert not (tmp_path / "ckpt").exists()
 
 
+# Shards with an index: what is done to them, and what the message must name.
+
+NORM = "model.norm.weight"
+
+
+def edit_index(directory: Path, edit) -> None:
+    index = json.loads((directory / INDEX).read_text())
+    edit(index["weight_map"])
+    (directory / INDEX).write_text(json.dumps(index))
+
+
+def holder(directory: Path, name: str) -> Path:
+    """The shard with a tensor."""
+    return directory / json.loads((directory / INDEX).read_text())["weight_map"][name]
+
+
+def other(directory: Path, name: str) -> Path:
+    """A shard without it."""
+    return next(path for path in sorted(directory.glob("*.safetensors")) if path != holder(directory, name))
+
+
+def edit_shard(path: Path, edit) -> None:
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def name_twice(path: Path) -> None:
+    """The header says the same of its first tensor once more."""
+    data = path.read_bytes()
+    size = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + size])
+    first = next(name for name in header if name != "__metadata__")
+    text = (json.dumps(header)[:-1] + f", {json.dumps(first)}: {json.dumps(header[first])}}}").encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
+
+
+def shorten(path: Path, kept: float) -> None:
+    with open(path, "r+b") as file:
+        file.truncate(int(path.stat().st_size * kept))
+
+
+BAD_SHARDS = {
+    "truncated by a little": (lambda d: shorten(holder(d, NORM), 0.999), ["truncated", ".safetensors"]),
+    "truncated by half": (lambda d: shorten(holder(d, NORM), 0.5), ["truncated", ".safetensors"]),
+    "empty": (lambda d: shorten(holder(d, NORM), 0), ["truncated", "(0 bytes)"]),
+    "no safetensors": (lambda d: holder(d, NORM).write_bytes(b"\x08\0\0\0\0\0\0\0not json" * 9), ["unreadable"]),
+    "absent": (lambda d: holder(d, NORM).unlink(), ["no such file", INDEX]),
+    "wrong index": (lambda d: edit_index(d, lambda w: w.update({NORM: other(d, NORM).name})), [INDEX, NORM]),
+    "index without a tensor": (lambda d: edit_index(d, lambda w: w.pop(NORM)), [INDEX, NORM, "not listed"]),
+    "index outside": (lambda d: edit_index(d, lambda w: w.update({NORM: "../config.json"})), ["no such file"]),
+    "index with a number": (lambda d: edit_index(d, lambda w: w.update({NORM: 3})), [INDEX, "weight_map"]),
+    "no weight_map": (lambda d: (d / INDEX).write_text("[]"), [INDEX, "weight_map"]),
+    "broken index": (lambda d: (d / INDEX).write_text('{"weight_map": {'), [INDEX, "JSON"]),
+    "duplicate in two shards": (
+        lambda d: edit_shard(other(d, NORM), lambda t: t.update({NORM: torch.zeros(64)})),
+        [f"tensor '{NORM}'", "as well"],
+    ),
+    "duplicate in one header": (lambda d: name_twice(holder(d, NORM)), ["is there twice"]),
+    "shape off by one": (
+        lambda d: edit_shard(holder(d, NORM), lambda t: t.update({NORM: torch.ones(65)})),
+        [NORM, "[65]", "[64]"],
+    ),
+    "transposed": (
+        lambda d: edit_shard(holder(d, NAN_NAME), lambda t: t.update({NAN_NAME: t[NAN_NAME].t().contiguous()})),
+        [NAN_NAME, "[64, 128]", "[128, 64]"],
+    ),
+    "nan": (
+        lambda d: edit_shard(holder(d, NAN_NAME), lambda t: t[NAN_NAME].view(-1)[-1:].fill_(float("nan"))),
+        [NAN_NAME, "NaN"],
+    ),
+    "tensor missing everywhere": (
+        lambda d: (
+            edit_shard(holder(d, NORM), lambda t: t.pop(NORM)),
+            edit_index(d, lambda w: w.pop(NORM)),
+        ),
+        ["missing", NORM],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SHARDS)
+def test_bad_shards_are_one_line_and_leave_nothing(case, oracle, tmp_path, capsys):
+    damage, named = BAD_SHARDS[case]
+    into_shards(oracle)
+    damage(oracle)
+    out = tmp_path / "out" / "ckpt"
+    assert convert("import", oracle, out) == 1
+    check_one_line(capsys, [str(oracle), *named])
+    assert not out.parent.exists() or not list(out.parent.iterdir())
+
+
+def test_shards_without_damage_are_read(oracle, tmp_path):
+    into_shards(oracle)
+    assert convert("import", oracle, tmp_path / "ckpt") == 0
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("model_type",),
+        ("hidden_size",),
+        ("intermediate_size",),
+        ("num_hidden_layers",),
+        ("num_attention_heads",),
+        ("vocab_size",),
+        ("layer_types",),
+        ("efficient_attention_config",),
+        ("efficient_attention_config", "jet"),
+        ("efficient_attention_config", "jet", "num_heads"),
+        ("efficient_attention_config", "jet", "head_dim"),
+        ("efficient_attention_config", "swa"),
+        ("efficient_attention_config", "swa", "window_size"),
+    ],
+    ids=".".join,
+)
+def test_a_missing_config_field_is_named(path, oracle, tmp_path, capsys):
+    def remove(config: dict) -> None:
+        for key in path[:-1]:
+            config = config[key]
+        config.pop(path[-1])
+
+    edit_config(oracle, remove)
+    assert convert("import", oracle, tmp_path / "ckpt") == 1
+    check_one_line(capsys, [str(oracle / "config.json"), path[-1]])
+    assert not (tmp_path / "ckpt").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_one_bad_value_anywhere_is_found(dtype, value):
+    tensor = torch.randn(7, 37, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert finite(tensor, "t", "f") is tensor
+    for place in range(tensor.numel()):
+        spoiled = tensor.clone()
+        spoiled.view(-1)[place] = value
+        with pytest.raises(UserError, match="f: tensor 't' holds NaN or infinite"):
+            finite(spoiled, "t", "f")
+
+
 # Bad input to export
 
 
@@ -97,6 +249,17 @@ BAD_EXPORTS = {
     "extra": (lambda c: rewrite(c, lambda t: t.update(x=torch.ones(1))), ["not part of the model", "x"]),
     "shape": (lambda c: rewrite(c, lambda t: t.update({KEY: t[KEY][:-1]})), [KEY, "[127, 64]", "[128, 64]"]),
     "nan": (lambda c: rewrite(c, lambda t: t[KEY][0].fill_(float("nan"))), [KEY, "NaN"]),
+    "truncated": (lambda c: shorten(c / "__0_0.distcp", 0.9), ["damaged"]),
+    "no data": (lambda c: (c / "__0_0.distcp").unlink(), ["damaged"]),
+    "no metadata": (lambda c: (c / ".metadata").unlink(), ["not a complete Megatron checkpoint"]),
+    "broken metadata": (lambda c: (c / ".metadata").write_bytes(b"x" * 1000), ["metadata cannot be read"]),
+    "broken config": (lambda c: (c / "model_config.json").write_text("{"), ["model_config.json", "JSON"]),
+    "config field": (
+        lambda c: (c / "model_config.json").write_text(
+            json.dumps({k: v for k, v in json.loads((c / "model_config.json").read_text()).items() if k != "head_dim"})
+        ),
+        ["model_config.json", "head_dim"],
+    ),
     "damaged": (lambda c: (c / "__0_0.distcp").write_bytes(b"x" * 1000), ["damaged"]),
 }
 
