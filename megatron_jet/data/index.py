@@ -65,3 +65,9 @@ def split_info(index: DataIndex, split: str, where: str | Path) -> SplitInfo:
     if split not in index.splits:
         raise UserError(f"{where}: no split '{split}'; it has {', '.join(index.splits)}")
     return index.splits[split]
+
+
+def split_sources(directory: str | Path, split: str) -> dict[str, SourceInfo]:
+    """The sources of one split by name. Raises UserError when there is no index or no such split."""
+    index = read_index(directory)
+    return {name: index.sources[name] for name in sorted(split_info(index, split, directory).sources)}

@@ -12,9 +12,10 @@ from typing import Any
 from megatron_jet.configs.layer_plan import LayerPlan, hybrid_plan, uniform_phases, uniform_placement
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.results import ComparisonRow, Measured, PlacementResult, Scores
+from megatron_jet.data.index import split_sources
 from megatron_jet.postnas.beam import Placement
 from megatron_jet.postnas.jobs import Start, train_student
-from megatron_jet.postnas.placement_search import PlacementSearch, ScorePlans, SearchOutcome
+from megatron_jet.postnas.placement_search import PlacementSearch, ScorePlans, SearchOutcome, check_objectives
 from megatron_jet.postnas.scoring import PlanScorer, ScoredPlans, plan_scorer, score_checkpoint
 from megatron_jet.postnas.stage import StageContext, common_inputs, persisted
 from megatron_jet.training.job import TrainResult
@@ -33,6 +34,7 @@ class PlacementStage:
 
     def run(self, ctx: StageContext, inputs_hash: str) -> PlacementResult:
         settings = ctx.config.placement
+        check_objectives(settings, split_sources(ctx.data.path, ctx.data.search_split))
         supernet = self._train_supernet(ctx)
         found = self._search(ctx, supernet)
         before = self._held_out(ctx, supernet, found.full)

@@ -1,5 +1,7 @@
 """Recipes build, survive YAML, and take typed overrides."""
 
+import sys
+
 import pytest
 import yaml
 
@@ -141,3 +143,26 @@ def test_unknown_keys_in_a_file_are_errors(tmp_path):
     data["placement"]["beam_wdith"] = 3
     with pytest.raises(UserError, match="placement.beam_wdith: unknown key, did you mean 'beam_width'"):
         RunConfig.parse(data, "x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def f(:\n", "own_recipe fails: SyntaxError: invalid syntax"),
+        ("1 / 0\n", "own_recipe fails: ZeroDivisionError: division by zero"),
+        ("import no_such_module\n", "cannot import own_recipe"),
+        ("def f():\n    raise KeyError('two\\nlines')\n", "the function fails: KeyError: "),
+        ("f = 3\n", "has no function 'f'"),
+        ("def f():\n    return {}\n", "returned dict, not RunConfig"),
+    ],
+)
+def test_own_recipe_that_fails_is_one_line_with_the_place(source, message, tmp_path, monkeypatch):
+    (tmp_path / "own_recipe.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_recipe", raising=False)
+    with pytest.raises(UserError) as caught:
+        load_recipe("own_recipe:f")
+    text = str(caught.value)
+    assert message in text and "\n" not in text
+    if " fails: " in text:
+        assert f"own_recipe.py, line {len(source.splitlines())}" in text

@@ -1,6 +1,7 @@
 """Recipes by name. A recipe is a function without arguments that returns one complete RunConfig."""
 
 import importlib
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +22,8 @@ def load_recipe(name: str) -> RunConfig:
     """A built-in recipe by name, the user's own as `package.module:function`, or a resolved config.yaml.
 
     Raises:
-        UserError: no such recipe, module, function or file, or a function that does not return a RunConfig.
+        UserError: no such recipe, module, function or file, a module or function of the user's that fails, or a
+            function that does not return a RunConfig.
     """
     if name in RECIPES:
         return RECIPES[name]()
@@ -37,12 +39,31 @@ def load_recipe(name: str) -> RunConfig:
 def _load_function(name: str) -> RunConfig:
     module_name, _, function_name = name.partition(":")
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except ImportError as error:
+        module = importlib.import_module(module_name)
+    except (ImportError, ValueError) as error:  # ValueError: an empty name
         raise UserError(f"recipe '{name}': cannot import {module_name} ({error})") from None
-    except AttributeError:
-        raise UserError(f"recipe '{name}': {module_name} has no function '{function_name}'") from None
-    config = function()
+    except Exception as error:
+        raise UserError(f"recipe '{name}': {module_name} fails: {_where(error)}") from None
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise UserError(f"recipe '{name}': {module_name} has no function '{function_name}'")
+    try:
+        config = function()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"recipe '{name}': the function fails: {_where(error)}") from None
     if not isinstance(config, RunConfig):
         raise UserError(f"recipe '{name}': returned {type(config).__name__}, not RunConfig")
     return config
+
+
+def _where(error: Exception) -> str:
+    """An exception of the user's code in one line: type, message, file and line."""
+    if isinstance(error, SyntaxError):
+        place = f"{error.filename}, line {error.lineno}"
+    else:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{frame.filename}, line {frame.lineno}"
+    message = " ".join(str(getattr(error, "msg", None) or error).split())
+    return f"{type(error).__name__}: {message} ({place})"
