@@ -55,16 +55,19 @@ def planned_student(config: RunConfig, teacher: ModelConfig, mixer: str | None =
 
     Costs depend on how many layers are full or windowed, not on which. The linear mixer is the one that the hardware
     search resizes; before the search, that is the first candidate of new_block that is not the plain baseline.
+
+    Raises:
+        UserError: the budgets leave no linear layer, of which every later stage has something to train.
     """
     candidates = [name for name in config.new_block.candidates if not name.endswith("_static")]
     mixer = mixer or config.hardware_search.mixer or candidates[-1]
     budget = config.placement.budget
     full = uniform_placement(teacher.num_layers, budget, config.placement.uniform_phase)
     free = [i for i in range(teacher.num_layers) if i not in full]
-    if config.placement.swa_budget > len(free):
+    if config.placement.swa_budget >= len(free):
         raise UserError(
             f"placement.budget={budget} and placement.swa_budget={config.placement.swa_budget} "
-            f"do not fit {teacher.num_layers} layers"
+            f"do not fit {teacher.num_layers} layers: at least one must stay linear"
         )
     windows = dict.fromkeys(free[: config.placement.swa_budget], config.placement.swa_window)
     return teacher.with_plan(hybrid_plan(teacher.num_layers, mixer, full, windows), dict(config.mixers))

@@ -99,10 +99,17 @@ def test_planned_student_of_the_paper_recipes_has_the_published_size():
         assert model_cost(student, 65536).cache_bytes == model_cost(published, 65536).cache_bytes
 
 
-def test_budgets_that_do_not_fit_are_refused():
-    config = tiny().replace(placement=tiny().placement.replace(budget=5, swa_budget=30))
-    with pytest.raises(UserError, match="do not fit 28 layers"):
+@pytest.mark.parametrize(("budget", "swa_budget"), [(5, 30), (5, 23), (28, 0)])
+def test_budgets_that_leave_no_linear_layer_are_refused(budget, swa_budget):
+    config = tiny().replace(placement=tiny().placement.replace(budget=budget, swa_budget=swa_budget))
+    with pytest.raises(UserError, match="do not fit 28 layers: at least one must stay linear"):
         planned_student(config, qwen2_5_1_5b())
+
+
+def test_one_linear_layer_is_enough():
+    config = tiny().replace(placement=tiny().placement.replace(budget=5, swa_budget=22))
+    plan = planned_student(config, qwen2_5_1_5b()).layer_plan
+    assert sum(not entry.startswith(("attn", "swa")) for entry in plan) == 1
 
 
 def test_trainable_patterns():
