@@ -15,6 +15,8 @@ import torch
 from megatron_jet.configs.errors import UserError
 from megatron_jet.evaluation.throughput.session import Clock
 
+# Settings in the environment that speed depends on; they are shown before the command.
+VARIABLES = ("OMP_NUM_THREADS", "JET_HF_KERNELS", "CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF")
 PACKAGES = ("torch", "transformers", "triton", "flash-linear-attention", "flash-attn", "megatron-core")
 REPEATS = 10
 
@@ -56,11 +58,12 @@ def limit_memory(gib: float | None, device: torch.device) -> int | None:
 
 def record(kind: str, device: torch.device) -> dict[str, Any]:
     """The head of a result file: what, when, where, with what, by which command."""
+    settings = [f"{name}={shlex.quote(os.environ[name])}" for name in VARIABLES if name in os.environ]
     return {
         "schema_version": 1,
         "kind": kind,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": " ".join([*settings, shlex.join(["python", *sys.argv])]),
         "device": describe(device),
         "versions": {"python": platform.python_version(), **versions()},
     }
