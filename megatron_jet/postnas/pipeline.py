@@ -37,7 +37,13 @@ def run_stage(ctx: StageContext, name: str) -> StageResult:
         on_main(lambda: write_json(directory / "result.json", result.to_dict()))
         return result
 
-    digest, finished = on_main(lambda: _look_up(ctx, stage, directory))
+    try:
+        digest, finished = on_main(lambda: _look_up(ctx, stage, directory))
+    except UserError as error:  # the launcher shows the reason from here: a stage it needs is missing, say
+        status = _status_file(directory)
+        status.begin()
+        status.end("failed", describe(error))
+        raise
     return finished if finished is not None else _with_status(ctx, directory, work)
 
 
@@ -96,7 +102,7 @@ def _open_directory(directory: Path, inputs: dict[str, Any], digest: str, kept: 
 
 def _with_status[R](ctx: StageContext, directory: Path, work: Callable[[StageContext], R]) -> R:
     """Do some work with a status.json beside it that says how it goes and how it ended."""
-    status = StageStatus(directory / "status.json" if rank() == 0 else None)
+    status = _status_file(directory)
     status.begin()
     try:
         with interruptible():
@@ -109,3 +115,7 @@ def _with_status[R](ctx: StageContext, directory: Path, work: Callable[[StageCon
         raise
     status.end("done")
     return result
+
+
+def _status_file(directory: Path) -> StageStatus:
+    return StageStatus(directory / "status.json" if rank() == 0 else None)

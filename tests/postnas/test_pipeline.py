@@ -150,3 +150,11 @@ def test_paths_are_stored_relative_to_the_run(ctx):
 def test_strip_measured_reaches_every_depth():
     value = {"a": 1, "measured": 2, "b": [{"measured": 1, "c": 3}], "teacher_measured": 4}
     assert strip_measured(value) == {"a": 1, "b": [{"c": 3}]}
+
+
+def test_stage_whose_inputs_are_missing_says_so_in_its_status(ctx):
+    with pytest.raises(UserError, match="has not finished"):
+        pipeline.run_stage(ctx, "stage2")
+    row = read_json(ctx.stage_dir("stage2") / "status.json")
+    assert row["state"] == "failed" and "run it first (--stages " in row["message"]
+    assert not (ctx.stage_dir("stage2") / "result.json").exists()
