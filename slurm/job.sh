@@ -26,9 +26,15 @@ postnas_progress() {
 }
 
 # One line per event: time, event, job, restart, progress, and for `start` nodes, for others exit code and reason.
+# Fails when it cannot be written, at the second try; without it nobody would count the restarts.
 postnas_note() {
-    mkdir -p "${postnas_attempts%/*}"
-    echo "$(date +%s) $1 $SLURM_JOB_ID ${SLURM_RESTART_COUNT:-0} $(postnas_progress) ${*:2}" >> "$postnas_attempts"
+    local line try
+    line="$(date +%s) $1 $SLURM_JOB_ID ${SLURM_RESTART_COUNT:-0} $(postnas_progress) ${*:2}"
+    for try in 1 2; do
+        { mkdir -p "${postnas_attempts%/*}" && echo "$line" >> "$postnas_attempts"; } && return 0
+        [ "$try" = 2 ] || sleep 2
+    done
+    return 1
 }
 
 # Prints three counts since this job last got further: crashes, interruptions, failed preflights.
@@ -59,14 +65,15 @@ postnas_requeue() {
 }
 
 postnas_finish() {
-    local code=$1 crashed idle
+    local code=$1 words crashed idle
     [ -n "$postnas_guard" ] && kill "$postnas_guard" 2>/dev/null
     [ "$postnas_phase" = run ] || exit "$code"   # start-up or preflight noted its own end
     case $code in
         0) postnas_note end 0 "done"; postnas_say "done"; exit 0 ;;
-        75) postnas_note end 75 "interrupted, saved" ;;
-        *) postnas_note end "$code" "crashed with exit code $code" ;;
+        75) words="interrupted, saved" ;;
+        *) words="crashed with exit code $code" ;;
     esac
+    postnas_note end "$code" "$words" || postnas_give_up "$code" "cannot write $postnas_attempts"
     read -r crashed idle _ < <(postnas_stalls)
     if [ "$code" = 2 ]; then
         postnas_give_up "$code" "usage error"
@@ -180,7 +187,7 @@ postnas_begin() {
     local crashed idle
     trap 'postnas_say "SIGTERM"' TERM   # without a trap the shell dies at once and nobody decides what follows
     trap 'postnas_finish $?' EXIT
-    postnas_note start "$SLURM_JOB_NUM_NODES $SLURM_JOB_NODELIST"
+    postnas_note start "$SLURM_JOB_NUM_NODES $SLURM_JOB_NODELIST" || postnas_give_up 1 "cannot write $postnas_attempts"
     postnas_say "$POSTNAS_TARGET on $SLURM_JOB_NODELIST"
     read -r crashed idle _ < <(postnas_stalls)
     if [ "$idle" -gt "$postnas_idle_limit" ]; then postnas_give_up 1 "interrupted $idle times without progress"; fi

@@ -24,7 +24,8 @@ def removable(run: RunDirectory, everything: bool) -> list[Path]:
     if holder is not None:
         raise UserError(f"{run.id} is running (process {holder.pid} on {holder.host}); `cancel {run.id}` first")
     if everything:
-        return [run.path]
+        # A run in a cluster's job directory has a link in runs/, which goes with it.
+        return [run.path.resolve(), *([run.path] if run.path.is_symlink() else [])]
     kept = _named_checkpoints(run)
     found = []
     for status in read_run(run):
@@ -37,7 +38,9 @@ def removable(run: RunDirectory, everything: bool) -> list[Path]:
 
 
 def size_of(path: Path) -> int:
-    """Bytes under `path`."""
+    """Bytes under `path`; none for a link."""
+    if path.is_symlink():
+        return 0
     if path.is_file():
         return path.stat().st_size
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file() and not file.is_symlink())

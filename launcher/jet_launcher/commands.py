@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from jet_launcher.clean import removable, remove, size_of
+from jet_launcher.cluster_launch import refuse_live_jobs
 from jet_launcher.exit_codes import DONE, FAILED
 from jet_launcher.local import ROOT
 from jet_launcher.lock import lock_holder
@@ -148,6 +149,7 @@ def clean_command(run_id: str, root: Path, everything: bool, dryrun: bool) -> in
     remote = remote_of(run)
     if remote is not None:
         return remote.forward("clean", *(["--all"] if everything else []), *(["--dryrun"] if dryrun else []))
+    refuse_live_jobs(run)
     freed = 0
     for path in removable(run, everything):
         size = size_of(path)

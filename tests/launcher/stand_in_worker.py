@@ -1,8 +1,9 @@
 """Takes the place of megatron_jet.run_stage in launcher tests: same command line, files, signals, exit codes; no torch.
 
 STAND_IN holds comma-separated `stage=behaviour`: `crash` and `error` fail, `die` kills itself with SIGKILL, `wait`
-stays for a minute and saves on SIGTERM, `stuck` ignores SIGTERM, `child` leaves a child process behind, `quiet` exits 0
-without finishing. With several ranks `crash`, `error` and `die` happen on the last one.
+stays for a minute and saves on SIGTERM, `stuck` ignores SIGTERM, `child` leaves a child process behind, `stubborn` one
+that ignores SIGTERM, `quiet` exits 0 without finishing. With several ranks `crash`, `error` and `die` happen on the
+last one.
 """
 
 import json
@@ -85,6 +86,10 @@ def misbehave(behaviour, rank):
         time.sleep(60)
     if behaviour == "child":
         subprocess.Popen(["sleep", "61"], start_new_session=True)
+    if behaviour == "stubborn":
+        ignore = "trap '' TERM; exec sleep 62"
+        subprocess.Popen(["bash", "-c", ignore], start_new_session=True)
+        time.sleep(0.3)  # until it does
     if behaviour == "quiet":
         sys.exit(0)
 

@@ -152,6 +152,18 @@ def test_usage_errors_are_final(slurm):
     assert not slurm.requeued
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_job_that_cannot_count_its_restarts_gives_up(slurm, late):
+    """A full disk would otherwise have it queued again for ever."""
+    attempts = slurm.state_file.parent / "run" / "cluster" / "attempts"
+    lose = f'rm -rf "{attempts}"; mkdir -p "{attempts.parent}"; touch "{attempts}"'
+    script = JOB.replace("(exit", f"{lose}; (exit") if late else f"{lose}\n{JOB}"
+    done = slurm.attempt(0, 1, script=script)
+    assert done.returncode == 1
+    assert f"giving up: cannot write {attempts}/stage1.log" in done.stdout
+    assert not slurm.requeued
+
+
 def test_another_submission_starts_counting_anew(slurm):
     slurm.attempt(0, 1)
     slurm.attempt(1, 1)

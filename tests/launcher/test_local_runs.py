@@ -112,6 +112,13 @@ def test_nothing_that_the_worker_started_is_left(launcher, teacher, monkeypatch)
     assert not processes_named("sleep\x0061")
 
 
+def test_leftovers_that_ignore_sigterm_are_killed(launcher, teacher, monkeypatch):
+    monkeypatch.setattr("jet_launcher.local.LEFTOVER_GRACE", 0.5)
+    monkeypatch.setenv("STAND_IN", "placement=stubborn")
+    assert launcher(*run_arguments(teacher))[0] == 0
+    wait_for(lambda: not processes_named("sleep\x0062"), seconds=5)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_saves_and_exits_75(start_launcher, teacher, number):
     process = start_launcher(*run_arguments(teacher), STAND_IN="placement=wait")

@@ -100,14 +100,52 @@ def test_commands_answer(login_node, tmp_path, command):
     assert done.returncode == 0, done.stderr
 
 
-def test_submission_without_slurm_is_one_line(login_node, tmp_path):
+def submission(tmp_path, *arguments):
+    """Arguments of a `run` of the tiny recipe on a small cluster."""
     shape = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 8, "num_attention_heads": 4}
     teacher = tmp_path / "teacher"
     teacher.mkdir()
     more = {"model_type": "qwen2", "num_key_value_heads": 2, "vocab_size": 448, "tie_word_embeddings": True}
     (teacher / "config.json").write_text(json.dumps({**shape, **more}))
-    arguments = ["run", "tiny", "--cluster", "local_slurm", "--stages", "report", f"teacher.path={teacher}"]
-    done = call(login_node, *arguments, cwd=tmp_path)
+    return ["run", "tiny", "--cluster", "local_slurm", f"teacher.path={teacher}", *arguments]
+
+
+def test_a_run_is_submitted_watched_and_cancelled_without_torch(login_node, tmp_path):
+    """Slurm's commands are scripts here: jobs 11, 12 and 13, the first of which is said to run."""
+    (tmp_path / "bin").mkdir()
+    count = tmp_path / "count"
+    state = tmp_path / "state"
+    state.write_text("11|RUNNING|None|n1|2026-11-21T06:00:00\n12|PENDING|Dependency||N/A\n")
+    scripts = {
+        "sbatch": f"echo x >> {count}; echo $((10 + $(wc -l < {count})))",
+        "squeue": f"cat {state}",
+        "sacct": "true",
+        "scancel": f"echo '11|CANCELLED|None||N/A' > {state}; echo '12|CANCELLED|None||N/A' >> {state}",
+    }
+    for name, line in scripts.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    environment = {**login_node, "PATH": f"{tmp_path}/bin:/usr/bin:/bin"}
+
+    def launcher(*arguments):
+        done = call(environment, *arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    started = launcher(*submission(tmp_path, "--stages", "stage1", "--output", "runs/a"))
+    assert "2 jobs submitted to local_slurm" in started and " 12  stage1" in started
+    rows = {line.split()[0]: line.split()[1:4] for line in launcher("status", "a").splitlines()[3:]}
+    assert rows == {"prepare": ["running", "11", "n1"], "stage1": ["pending", "12", "(1)"]}
+    assert launcher("list").splitlines()[2].split()[:3] == ["a", "tiny", "running"]
+    launcher("report", "a")
+    assert "not finished" in (tmp_path / "runs/a/report.html").read_text()
+    refused = call(environment, "clean", "a", "--all", cwd=tmp_path)
+    assert refused.returncode == 1 and "jobs are in the queue or running" in refused.stderr
+    assert "2 jobs cancelled" in launcher("cancel", "a")
+
+
+def test_submission_without_slurm_is_one_line(login_node, tmp_path):
+    done = call(login_node, *submission(tmp_path, "--stages", "report"), cwd=tmp_path)
     assert done.returncode == 1
     assert re.fullmatch(r"error: submission failed: .*sbatch.*\n", done.stderr), done.stderr
     assert not os.environ.get("NEMORUN_HOME", "").startswith(str(tmp_path))

@@ -53,7 +53,7 @@ class Run:
         """Call `postnas.py`."""
         command = [sys.executable, str(ROOT / "launcher" / "postnas.py"), *arguments]
         done = subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, timeout=600, cwd=self.path.parent
+            command, env=self.environment, capture_output=True, text=True, timeout=1000, cwd=self.path.parent
         )
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done

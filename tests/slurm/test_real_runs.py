@@ -14,13 +14,10 @@ from megatron_jet.configs.stages import STAGE_ORDER, StageResources
 from slurm.runs import Run, Submitter, slurm_command
 
 # One worker does both tests: the second starts from what the first has made.
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900), pytest.mark.xdist_group("real")]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200), pytest.mark.xdist_group("real")]
 STEPS = 40
-CANDIDATES = {
-    "block_selection": ("gla", "gated_delta_net"),
-    "new_block": ("gated_delta_net", "jet"),
-    "hardware_search": ("8x16x2", "16x8x2"),
-}
+# Starting a process costs more than what it trains here, so only one stage has two candidates.
+CANDIDATES = {"block_selection": ("gla", "gated_delta_net"), "new_block": ("jet",), "hardware_search": ("8x16x2",)}
 
 
 def miniature_config(root: Path) -> RunConfig:
@@ -39,6 +36,7 @@ def miniature_config(root: Path) -> RunConfig:
     return base.replace(
         block_selection=base.block_selection.replace(candidates=CANDIDATES["block_selection"]),
         new_block=base.new_block.replace(candidates=CANDIDATES["new_block"]),
+        hardware_search=base.hardware_search.replace(grid=base.hardware_search.grid[:1]),
         stage1=base.stage1.replace(training=training, resources=StageResources(nodes=2)),
     )
 
@@ -91,8 +89,8 @@ def test_whole_pipeline_from_submit_to_report(whole):
     for stage, candidates in CANDIDATES.items():
         jobs = [views[f"{stage}-{candidate}"] for candidate in candidates]
         assert set(views[stage].job.depends) == {view.job.name for view in jobs}
-        (start, end), (other_start, other_end) = (interval(view.job_id) for view in jobs)
-        assert start < other_end and other_start < end, f"candidates of {stage} ran one after the other"
+        starts, ends = zip(*(interval(view.job_id) for view in jobs))
+        assert max(starts) < min(ends), f"candidates of {stage} ran one after the other"
         assert {row["name"] for row in whole.stage_result(stage)["candidates"]} == set(candidates)
     report = read_json(whole.path / "report.json")
     assert report["stages"], report

@@ -9,7 +9,7 @@ from typing import TextIO
 from jet_launcher.exit_codes import DONE
 from jet_launcher.run_directory import RunDirectory
 from jet_launcher.slurm import state as slurm
-from jet_launcher.slurm.overview import JobView, job_views, read_attempts, run_word, views_text
+from jet_launcher.slurm.overview import JobView, hours_text, job_views, read_attempts, run_word, views_text
 from jet_launcher.slurm.record import ClusterRecord
 from megatron_jet.configs.errors import UserError
 
@@ -26,7 +26,8 @@ def cluster_status(run: RunDirectory, record: ClusterRecord, as_json: bool) -> i
         print(json.dumps({"schema_version": 1, **body, "jobs": [view.to_dict() for view in views]}, indent=2))
         return DONE
     last = record.submissions[-1]
-    print(f"{run.path}: {run_word(views)} on {record.name} (NeMo-Run experiment {last['experiment']})")
+    spent = f", {hours_text(views)} so far" if hours_text(views) else ""
+    print(f"{run.path}: {run_word(views)} on {record.name}{spent} (NeMo-Run experiment {last['experiment']})")
     print(views_text(views))
     if run.report_file.is_file():
         print(f"report: {run.report_file}")

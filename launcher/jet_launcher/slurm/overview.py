@@ -166,9 +166,19 @@ def _culprit(view: JobView, by_name: dict[str, JobView]) -> JobView | None:
     return None
 
 
+def hours_text(views: list[JobView]) -> str:
+    """`12.50 GPU-hours` of the whole run; "" without accounting."""
+    known = [view.gpu_hours for view in views if view.gpu_hours is not None]
+    return f"{sum(known):.2f} {_unit(views)}" if known else ""
+
+
+def _unit(views: list[JobView]) -> str:
+    return "GPU-hours" if any(view.job.gpus for view in views) else "node-hours"
+
+
 def views_text(views: list[JobView]) -> str:
     """One row per job."""
-    unit = "GPU-hours" if any(view.job.gpus for view in views) else "node-hours"
+    unit = _unit(views)
     rows = []
     for view in views:
         text = describe(view.status) if view.state == RUNNING else view.note
