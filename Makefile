@@ -24,7 +24,7 @@ install: $(VENV)/.installed ## make .venv and install the project into it (secon
 $(VENV)/.installed: pyproject.toml constraints.txt tools/find_python.sh
 	@python="$$(bash tools/find_python.sh)" || exit 1; \
 	echo "setting up $(VENV) with $$python"; \
-	test -x $(PY) || "$$python" -m venv $(VENV) || exit 1; \
+	$(PY) -m pip --version >/dev/null 2>&1 || "$$python" -m venv $(VENV) || exit 1; \
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,launch,eval,dev]'
 	@touch $@
 

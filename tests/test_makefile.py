@@ -1,0 +1,65 @@
+"""`make install` with a stand-in for Python: what is done once, repeated after an interruption, and otherwise not."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# As a system's Python it answers the version check and makes environments; as an environment's it has pip.
+PYTHON = """#!/bin/sh
+echo "$@" >> "$CALLS"
+case "$*" in
+  "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+  "-m pip install "*) [ ! -e "$OFFLINE" ] ;;
+esac
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """What `make install` needs, in a directory with a space in its name."""
+    path = tmp_path / "a checkout"
+    (path / "tools").mkdir(parents=True)
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "tools/find_python.sh"):
+        shutil.copyfile(ROOT / name, path / name)
+    return path
+
+
+def install(checkout: Path) -> tuple[int, list[str]]:
+    """Exit code of `make install` and what it asked Python to do."""
+    python, calls = checkout.parent / "python", checkout.parent / "calls"
+    write_script(python, PYTHON)
+    calls.write_text("")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    environment = kept | {"PYTHON": str(python), "CALLS": str(calls), "OFFLINE": str(checkout.parent / "offline")}
+    result = subprocess.run(["make", "install"], cwd=checkout, env=environment, capture_output=True, check=False)
+    words = [line.split()[1:3] for line in calls.read_text().splitlines() if line.startswith("-m")]
+    return result.returncode, [" ".join(pair) for pair in words if pair != ["pip", "--version"]]
+
+
+def write_script(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def test_installs_once(checkout):
+    assert install(checkout) == (0, ["venv .venv", "pip install"])
+    assert install(checkout) == (0, [])
+
+
+def test_an_environment_cut_off_before_pip_is_made_again(checkout):
+    write_script(checkout / ".venv" / "bin" / "python", "#!/bin/sh\nexit 1\n")
+    assert install(checkout) == (0, ["venv .venv", "pip install"])
+
+
+def test_a_failed_installation_is_tried_again(checkout):
+    offline = checkout.parent / "offline"
+    offline.touch()
+    code, calls = install(checkout)
+    assert code != 0 and calls == ["venv .venv", "pip install"]
+    offline.unlink()
+    assert install(checkout) == (0, ["pip install"])
