@@ -100,6 +100,17 @@ def test_an_implementation_that_fails_is_a_row(monkeypatch):
     assert rows[0].skipped == "CUDA out of memory."
 
 
+def test_record_names_command_and_environment(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["tools/throughput.py", "a model"])
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.delenv("JET_HF_KERNELS", raising=False)
+    found = device_module.record("throughput", CPU)
+    assert found["command"].startswith("OMP_NUM_THREADS=3 ")
+    assert found["command"].endswith("python tools/throughput.py 'a model'")
+    assert torch.__version__.startswith(found["versions"]["torch"].partition("+")[0])
+    assert found["device"]["type"] == "cpu" and found["date"].endswith("+00:00")
+
+
 def test_kernel_tool_writes_json(tmp_path, capsys):
     tool, out = load_tool("bench_kernels"), tmp_path / "kernels.json"
     assert tool.main(["--operations", "l2_normalize", "--shapes", str(SMALL), "--output", str(out)]) == 0
