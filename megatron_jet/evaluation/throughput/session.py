@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from megatron_jet.configs.errors import UserError
@@ -147,7 +148,8 @@ class Session:
         self._token.copy_(output.logits[:, -1:].argmax(-1))
 
     def _step(self, i: int) -> None:
-        self._forward(self._token)
+        with self._decode_kernels():
+            self._forward(self._token)
         self._new[i].copy_(self._token[:, 0])
 
     def _warm_up(self) -> None:
@@ -201,6 +203,12 @@ class Session:
         generator = torch.Generator().manual_seed(seed)
         shape = (self.load.batch_size, length)
         return torch.randint(0, self.model.config.vocab_size, shape, generator=generator).to(self.device)
+
+    def _decode_kernels(self):
+        """SDPA without cuDNN's kernel, which makes a new plan for every length of the context."""
+        if self._stream is None:
+            return nullcontext()
+        return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
     def _on_stream(self):
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
