@@ -99,7 +99,8 @@ def run_verify(args: argparse.Namespace) -> int:
     from megatron_jet.configs.training import ParallelConfig
     from megatron_jet.convert.verify.compare import first_different, verify
 
-    rows = verify(args.hf_dir, args.checkpoint, ParallelConfig(tensor=args.tp, pipeline=args.pp))
+    layout = ParallelConfig.parse({"tensor": args.tp, "pipeline": args.pp}, "--tp, --pp")
+    rows = verify(args.hf_dir, args.checkpoint, layout)
     different = first_different(rows, args.tolerance)
     if args.json:
         plain = [row.__dict__ for row in rows]

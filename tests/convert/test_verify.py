@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from convert.convert_cases import convert
 from convert.hf_cases import ORACLE
 from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.files import read_json, write_json
 from megatron_jet.configs.training import ParallelConfig
 from megatron_jet.convert.global_checkpoint import GlobalCheckpoint, write_checkpoint
 from megatron_jet.convert.hf_export import checkpoint_config
@@ -79,3 +81,19 @@ def test_nan_counts_as_different(checkpoint, tmp_path):
 def test_heads_that_do_not_divide_are_an_error_before_anything_runs(checkpoint):
     with pytest.raises(UserError, match="do not divide by tensor_parallel=3"):
         verify(ORACLE, checkpoint, ParallelConfig(tensor=3))
+
+
+@pytest.mark.parametrize(("key", "value"), [("vocab_size", 200), ("hidden_size", 32), ("num_hidden_layers", 3)])
+def test_models_of_other_sizes_are_an_error_before_anything_runs(checkpoint, tmp_path, key, value):
+    config = read_json(ORACLE / "config.json")
+    config |= {key: value, "layer_types": config["layer_types"][: value if key == "num_hidden_layers" else None]}
+    write_json(tmp_path / "config.json", config)
+    with pytest.raises(UserError, match=f"is {value}, in the checkpoint .*different models"):
+        verify(tmp_path, checkpoint, ParallelConfig())
+
+
+@pytest.mark.parametrize("option", ["--tp", "--pp"])
+def test_a_layout_of_no_processes_is_one_line(checkpoint, capsys, option):
+    assert convert("verify", ORACLE, checkpoint, option, "0") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: --tp, --pp: ") and error.count("\n") == 1 and "greater than or equal to 1" in error

@@ -10,6 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.files import read_json
+from megatron_jet.configs.hf_format import model_from_hf
+from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.training import ParallelConfig
 from megatron_jet.convert.hf_export import checkpoint_config
 from megatron_jet.convert.hf_package import load_for_causal_lm
@@ -46,10 +49,11 @@ def verify(hf_dir: str | Path, checkpoint: str | Path, parallel: ParallelConfig)
         One row per layer, in order, and one for the logits.
 
     Raises:
-        UserError: either model cannot be loaded, or the checkpoint does not fit the layout.
+        UserError: either model cannot be loaded, they differ in size, or the checkpoint does not fit the layout.
     """
     model = checkpoint_config(checkpoint)
     model.check_parallel(parallel.tensor, parallel.pipeline)
+    check_sizes(hf_dir, model)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, model.vocab_size, (SEQUENCES, LENGTH), generator=generator)
     reference = hf_activations(hf_dir, tokens)
@@ -60,6 +64,20 @@ def verify(hf_dir: str | Path, checkpoint: str | Path, parallel: ParallelConfig)
             found |= load_file(path)
     names = {str(i): f"layer {i} ({entry})" for i, entry in enumerate(model.layer_plan)} | {"logits": "logits"}
     return [_difference(name, found[key], reference[key]) for key, name in names.items()]
+
+
+def check_sizes(hf_dir: str | Path, model: ModelConfig) -> None:
+    """Raise UserError when the Hugging Face directory holds a model of other sizes: nothing could be compared."""
+    path = Path(hf_dir) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{hf_dir}: no config.json there; give a Hugging Face checkpoint directory")
+    other = model_from_hf(read_json(path), str(path))
+    for name in ("vocab_size", "hidden_size", "num_layers"):
+        if getattr(other, name) != getattr(model, name):
+            raise UserError(
+                f"{hf_dir}: {name} is {getattr(other, name)}, in the checkpoint {getattr(model, name)}; "
+                "these are different models"
+            )
 
 
 def first_different(rows: list[LayerDifference], tolerance: float) -> LayerDifference | None:
