@@ -54,6 +54,11 @@ def check_layout(config: RunConfig, teacher: ModelConfig) -> None:
         parallel = resources.parallel or config.parallel
         for model in (teacher, student):
             model.check_parallel(parallel.tensor, parallel.pipeline)
+        if parallel.sequence_parallel and training.seq_length % parallel.tensor:
+            raise UserError(
+                f"{stage}: sequence_parallel shares training.seq_length={training.seq_length} out over "
+                f"parallel.tensor={parallel.tensor} ranks, which does not divide it"
+            )
         try:
             training.microbatches(parallel.data_parallel(resources.nodes * config.nproc))
         except UserError as error:

@@ -100,6 +100,14 @@ def test_bad_settings_are_found_before_anything_is_written(launcher, workplace, 
     assert os.listdir(workplace) == []
 
 
+def test_sequences_that_do_not_divide_under_sequence_parallel(launcher, workplace, teacher):
+    layout = ("nproc=2", "parallel.tensor=2", "parallel.sequence_parallel=true")
+    code, _, err = launcher("run", "tiny", f"teacher.path={teacher}", *layout, "stage2.training.seq_length=255")
+    assert code == 1
+    assert "stage2: sequence_parallel shares training.seq_length=255 out over parallel.tensor=2 ranks" in err
+    assert os.listdir(workplace) == []
+
+
 def test_heads_that_do_not_divide_by_tensor_parallel(launcher, workplace, teacher):
     code, _, err = launcher("run", "tiny", f"teacher.path={teacher}", "nproc=8", "parallel.tensor=8")
     assert code == 1
