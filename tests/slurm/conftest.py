@@ -13,6 +13,11 @@ from slurm.cluster import Cluster, ClusterError, install
 from slurm.runs import Submitter
 
 
+def pytest_collection_modifyitems(items):
+    """The longest test first, so that it does not start when the others have ended."""
+    items.sort(key=lambda item: "test_real_runs" not in item.nodeid)
+
+
 @pytest.fixture(scope="session")
 def slurm():
     """The cluster that `make test-slurm` started, else one of our own. Requeued jobs do not wait their two minutes."""

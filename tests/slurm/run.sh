@@ -12,7 +12,7 @@ fi
 prefix=$(mktemp -d /tmp/slurm-test.XXXXXX)
 # Jobs mostly wait, so more tests than cores run at a time.
 "$python" tests/slurm/cluster.py "$prefix" --nodes 8 -- \
-    "$python" -m pytest -m slurm --confcutdir tests/slurm -n 4 --dist loadgroup --durations=8 \
+    "$python" -m pytest -m slurm --confcutdir tests/slurm -n 4 --dist worksteal --durations=8 \
     --basetemp "$prefix/runs" "$@"
 code=$?
 if [ "$code" = 0 ]; then rm -rf "$prefix"; else echo "logs and runs are in $prefix" >&2; fi

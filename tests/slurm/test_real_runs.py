@@ -11,10 +11,9 @@ from megatron_jet.configs.files import read_json
 from megatron_jet.configs.overrides import dump_yaml
 from megatron_jet.configs.run import RunConfig
 from megatron_jet.configs.stages import STAGE_ORDER, StageResources
-from slurm.runs import Run, Submitter, slurm_command
+from slurm.runs import Run, slurm_command
 
-# One worker does both tests: the second starts from what the first has made.
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200), pytest.mark.xdist_group("real")]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 STEPS = 40
 # Starting a process costs more than what it trains here, so only one stage has two candidates.
 CANDIDATES = {"block_selection": ("gla", "gated_delta_net"), "new_block": ("jet",), "hardware_search": ("8x16x2",)}
@@ -41,27 +40,6 @@ def miniature_config(root: Path) -> RunConfig:
     )
 
 
-@pytest.fixture(scope="module")
-def real(slurm, tmp_path_factory):
-    """Submits runs of the miniature pipeline: real("name", "--stages", "stage1")."""
-    folder = tmp_path_factory.mktemp("real")
-    recipe = folder / "miniature.yaml"
-    recipe.write_text(dump_yaml(miniature_config(folder)))
-    submitter = Submitter(folder)
-
-    def submit(name: str, *arguments: str, **options) -> Run:
-        return submitter.submit(str(recipe), arguments, name, **options)
-
-    yield submit
-    submitter.close()
-
-
-@pytest.fixture(scope="module")
-def whole(real) -> Run:
-    """The whole pipeline, waited for."""
-    return real("whole", wait=True)
-
-
 def rows(run: Run) -> list[dict]:
     """metrics.jsonl of stage 1 without what depends on clock and machine."""
     path = run.path / "stages" / "stage1" / "jobs" / "student" / "metrics.jsonl"
@@ -80,10 +58,23 @@ def interval(job_id: str) -> tuple[datetime, datetime]:
     return datetime.fromisoformat(start), datetime.fromisoformat(end)
 
 
-def test_whole_pipeline_from_submit_to_report(whole):
-    assert whole.submitted.returncode == 0, whole.submitted.stdout + whole.submitted.stderr
-    assert "whole: done" in whole.submitted.stdout
-    views = whole.views()
+def test_pipeline_from_submit_to_report_and_an_interrupted_stage(submitter):
+    """One test, because the interrupted stage starts from what the whole pipeline has made."""
+    recipe = submitter.folder / "miniature.yaml"
+    recipe.write_text(dump_yaml(miniature_config(submitter.folder)))
+    whole = submitter.submit(str(recipe), name="whole", wait=True)
+    check_pipeline(whole)
+    check_distillation(whole)
+    later = ("cluster", "code", "export", "report.*", "stage1", "stage2", "evaluate", "report", ".lock")
+    shutil.copytree(whole.path, submitter.folder / "other", ignore=shutil.ignore_patterns(*later))
+    check_interruption(submitter.submit(str(recipe), ("--stages", "stage1"), name="other"), whole)
+
+
+def check_pipeline(run: Run) -> None:
+    """Every job is done, candidates ran side by side and were ranked, and the report is there."""
+    assert run.submitted.returncode == 0, run.submitted.stdout + run.submitted.stderr
+    assert "whole: done" in run.submitted.stdout
+    views = run.views()
     assert {view.state for view in views.values()} == {"done"}
     assert [name for name in views if "-" not in name] == list(STAGE_ORDER)
     for stage, candidates in CANDIDATES.items():
@@ -91,34 +82,30 @@ def test_whole_pipeline_from_submit_to_report(whole):
         assert set(views[stage].job.depends) == {view.job.name for view in jobs}
         starts, ends = zip(*(interval(view.job_id) for view in jobs))
         assert max(starts) < min(ends), f"candidates of {stage} ran one after the other"
-        assert {row["name"] for row in whole.stage_result(stage)["candidates"]} == set(candidates)
-    report = read_json(whole.path / "report.json")
-    assert report["stages"], report
-    assert (whole.path / "report.html").is_file() and (whole.path / "export" / "config.json").is_file()
+        assert {row["name"] for row in run.stage_result(stage)["candidates"]} == set(candidates)
+    stages = {row["stage"]: row["state"] for row in read_json(run.path / "report.json")["stages"]}
+    assert stages == dict.fromkeys(STAGE_ORDER[:-1], "done")
+    assert (run.path / "report.html").is_file() and (run.path / "export" / "config.json").is_file()
 
 
-def test_distillation_was_one_job_of_four_processes_on_two_nodes(whole):
-    view = whole.views()["stage1"]
-    logs = sorted((whole.path / "stages" / "stage1" / "logs").glob(f"stage1.{view.job_id}.0.*.log"))
+def check_distillation(run: Run) -> None:
+    """Stage 1 was one job of four processes on two nodes, and each saw its share of every batch."""
+    job = run.views()["stage1"].job_id
+    logs = sorted((run.path / "stages" / "stage1" / "logs").glob(f"stage1.{job}.0.*.log"))
     assert len(logs) == 2, "one log per node"
     ranks = [line for log in logs for line in log.read_text().splitlines() if line.startswith("rank ")]
     assert sorted(line.partition(" on ")[0] for line in ranks) == [f"rank {rank} of 4" for rank in range(4)]
-    training = whole.stage_result("stage1")
-    assert training["tokens"] == STEPS * 4 * 64, "one sequence per process and step"
-    assert len([row for row in rows(whole) if row["split"] == "train"]) == STEPS
+    assert run.stage_result("stage1")["tokens"] == STEPS * 4 * 64, "a sequence per process and step"
 
 
-def test_interrupted_stage_is_queued_again_and_ends_with_the_same_metrics(whole, real):
-    other = whole.path.parent / "interrupted"
-    later = ("cluster", "code", "export", "report.*", "stage1", "stage2", "evaluate", "report", ".lock")
-    shutil.copytree(whole.path, other, ignore=shutil.ignore_patterns(*later))
-    run = real("interrupted", "--stages", "stage1")
-    job = run.until_step("stage1", 12)
+def check_interruption(run: Run, whole: Run) -> None:
+    """USR1 in the middle of stage 1: saved, queued again, and the end is that of the run that was left alone."""
+    job = run.until_step("stage1", 8)
     slurm_command("scancel", "--signal=USR1", job.job_id)
-    views = run.until_over()
-    assert views["stage1"].state == "done"
-    assert views["stage1"].restarts == 1
+    view = run.until_over()["stage1"]
+    assert (view.state, view.restarts) == ("done", 1)
     assert run.events("stage1") == ["start", "end 75", "start", "end 0"]
     assert "going on after step" in run.launcher("logs", str(run.path), "stage1").stdout
+    assert len([row for row in rows(run) if row["split"] == "train"]) == STEPS
     assert rows(run) == rows(whole)
     assert unmeasured(run.stage_result("stage1")) == unmeasured(whole.stage_result("stage1"))
