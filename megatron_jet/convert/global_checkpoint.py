@@ -21,11 +21,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import temporary_beside, write_json
+from megatron_jet.convert.ahead import made_ahead
 
 COMPLETE_MARK = "metadata.json"  # Megatron's own; written last, so that a directory without it is unfinished
 COMMON_STATE = "common_state/shard_0_1"  # Megatron's place for everything that is not a tensor: nothing here
@@ -80,6 +81,7 @@ class GlobalCheckpoint:
         except Exception as error:
             raise UserError(f"{path}: checkpoint metadata cannot be read ({_one_line(error)})") from None
         self._reader = _Reader(self.path, metadata)
+        self._places = metadata.storage_data
         self._entries = {
             key: entry
             for key, entry in metadata.state_dict_metadata.items()
@@ -99,8 +101,17 @@ class GlobalCheckpoint:
         return self._entry(key).properties.dtype
 
     def read(self, key: str) -> Tensor:
-        """One whole tensor on the CPU. Raises UserError for an unknown key or a damaged file."""
-        return self.read_many([key])[key]
+        """One whole tensor on the CPU, not to be written to. Raises UserError for an unknown key or a damaged file."""
+        path = self._file_of(key)
+        if path is None:
+            return self.read_many([key])[key]
+        try:
+            tensor = torch.load(path, mmap=True, weights_only=True)
+        except Exception:
+            tensor = None
+        if tensor is None or (tuple(tensor.shape), tensor.dtype) != (self.shape(key), self.dtype(key)):
+            raise UserError(f"{self.path}: cannot read {key}; the checkpoint is damaged")
+        return tensor
 
     def read_many(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """Some whole tensors on the CPU, by key."""
@@ -116,6 +127,18 @@ class GlobalCheckpoint:
     def lazy(self, key: str) -> LazyTensor:
         return LazyTensor(self.shape(key), self.dtype(key), lambda: self.read(key))
 
+    def _file_of(self, key: str) -> Path | None:
+        """The file that holds this tensor whole and nothing else, as `write_checkpoint` makes them for large models.
+
+        Such a file can be mapped, which spares two copies. None: read it the general way.
+        """
+        chunks = self._entry(key).chunks
+        place = self._places.get(MetadataIndex(key, chunks[0].offsets)) if len(chunks) == 1 else None
+        if place is None or place.offset != 0:
+            return None
+        path = self.path / place.relative_path
+        return path if path.is_file() and path.stat().st_size == place.length else None
+
     def _entry(self, key: str) -> TensorStorageMetadata:
         if key not in self._entries:
             raise UserError(f"{self.path}: checkpoint has no tensor '{key}'")
@@ -123,18 +146,26 @@ class GlobalCheckpoint:
 
 
 class _LazyPlanner(DefaultSavePlanner):
-    """Plans with tensors on the meta device and makes each one at the moment it is written."""
+    """Plans with tensors on the meta device and has each one made shortly before it is written."""
 
     def __init__(self, tensors: Mapping[str, LazyTensor]):
         super().__init__(flatten_state_dict=False)
         self._tensors = tensors
 
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        plan = super().finish_plan(new_plan)
+        keys = [item.index.fqn for item in plan.items if item.index.fqn != COMMON_STATE]
+        self._made = zip(keys, made_ahead([self._tensors[key].make for key in keys]), strict=True)
+        return plan
+
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        key = write_item.index.fqn
-        if key == COMMON_STATE:
+        if write_item.index.fqn == COMMON_STATE:
             return _serialized([{}])
+        key, tensor = next(self._made)
+        if key != write_item.index.fqn:
+            raise ValueError(f"the writer asks for {write_item.index.fqn} when {key} is next in the plan")
         lazy = self._tensors[key]
-        tensor = lazy.make().detach().to("cpu", lazy.dtype).contiguous()
+        tensor = tensor.detach().to("cpu", lazy.dtype).contiguous()
         if tuple(tensor.shape) != lazy.shape:
             raise ValueError(f"{key}: made a tensor of shape {tuple(tensor.shape)}, announced {lazy.shape}")
         return tensor

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import read_json, write_json
+from megatron_jet.convert.ahead import made_ahead
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -121,7 +122,7 @@ class OutTensor:
 
 
 def write_hf_tensors(directory: Path, tensors: list[OutTensor], shard_bytes: int) -> list[Path]:
-    """Write safetensors, holding one tensor in memory at a time.
+    """Write safetensors, holding two or three tensors in memory at a time.
 
     Args:
         directory: an existing directory.
@@ -164,12 +165,11 @@ def _write_shard(path: Path, tensors: list[OutTensor]) -> None:
     text += b" " * (-len(text) % HEADER_ALIGNMENT)
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for t in tensors:
-            file.write(_bytes_of(t))
+        for t, tensor in zip(tensors, made_ahead([t.make for t in tensors]), strict=True):
+            file.write(_bytes_of(t, tensor.contiguous()))
 
 
-def _bytes_of(t: OutTensor) -> memoryview:
-    tensor = t.make().contiguous()
+def _bytes_of(t: OutTensor, tensor: Tensor) -> memoryview:
     if (tuple(tensor.shape), tensor.dtype) != (t.shape, t.dtype):
         raise ValueError(f"{t.name}: made {tuple(tensor.shape)} {tensor.dtype}, announced {t.shape} {t.dtype}")
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())

@@ -33,7 +33,7 @@ TEXTS = ("README.md", "LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 
 
 def import_hf(hf_dir: str | Path, out: str | Path, *, force: bool = False) -> ModelConfig:
-    """Convert a Hugging Face checkpoint. Needs memory for one tensor at a time.
+    """Convert a Hugging Face checkpoint. Needs memory for two or three tensors at a time.
 
     The checkpoint keeps the type of every tensor, config.json and the tokenizer's files, so that `export_hf` gives the
     same model back bit by bit.

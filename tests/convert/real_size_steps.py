@@ -1,6 +1,6 @@
 """Steps of the real-size conversion, each a process of its own: `python real_size_steps.py STEP ARGUMENT...`.
 
-Prints one line of JSON: bytes, seconds of the step (imports are not in it) and the peak of the process. The peak is
+Prints one line of JSON: seconds and CPU seconds of the step, without its imports, and the peak of the process. That is
 VmHWM of the whole process, imports included: private memory and the pages of mapped files that it touched. What the
 kernel keeps of files after read and write calls is not part of it, since it gives that back when it is needed.
 """
@@ -88,6 +88,7 @@ def peak_mib() -> float:
 
 if __name__ == "__main__":
     step, *arguments = sys.argv[1:]
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), time.process_time()
     STEPS[step](*arguments)
-    print(json.dumps({"seconds": time.perf_counter() - began, "peak_mib": peak_mib()}))
+    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu_began
+    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "peak_mib": peak_mib()}))

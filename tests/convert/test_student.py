@@ -103,21 +103,39 @@ def test_a_written_checkpoint_loads_into_a_model_and_a_saved_one_reads_back(teac
     assert all(torch.equal(loaded[key], expected[key]) for key in expected)
 
 
-def test_tensors_are_made_one_at_a_time_and_let_go(tmp_path, monkeypatch):
-    """Peak memory of a conversion is one tensor, not the model."""
+@pytest.mark.parametrize("single_file", [False, True])
+def test_tensors_are_made_when_they_are_written_and_let_go(tmp_path, monkeypatch, single_file):
+    """Peak memory of a conversion is a few tensors, not the model; below a gigabyte one file keeps them all."""
     import weakref
 
-    monkeypatch.setattr("megatron_jet.convert.global_checkpoint.SINGLE_FILE_BYTES", 0)
-    alive: list[weakref.ref] = []
+    import numpy
+
+    if not single_file:
+        monkeypatch.setattr("megatron_jet.convert.global_checkpoint.SINGLE_FILE_BYTES", 0)
+    memory: list[weakref.ref] = []
+    most = 0
 
     def make() -> torch.Tensor:
-        assert all(ref() is None for ref in alive), "an earlier tensor is still held"
-        tensor = torch.ones(100)
-        alive.append(weakref.ref(tensor))
-        return tensor
+        nonlocal most
+        array = numpy.ones(100, dtype=numpy.float32)  # lives as long as any tensor over it
+        memory.append(weakref.ref(array))
+        most = max(most, sum(ref() is not None for ref in memory))
+        return torch.from_numpy(array)
 
-    write_checkpoint(tmp_path / "c", {f"t{i}": LazyTensor((100,), torch.float32, make) for i in range(5)})
-    assert len(alive) == 5 and len(list(GlobalCheckpoint(tmp_path / "c"))) == 5
+    write_checkpoint(tmp_path / "c", {f"t{i}": LazyTensor((100,), torch.float32, make) for i in range(20)})
+    assert len(memory) == 20 and len(list(GlobalCheckpoint(tmp_path / "c"))) == 20
+    assert (most <= 3) is not single_file, "the one being made, the one being written, and the one before"
+    assert all(ref() is None for ref in memory)
+
+
+def test_a_failure_while_making_a_tensor_is_that_failure(tmp_path):
+    def fail() -> torch.Tensor:
+        raise UserError("tensor 'x' holds NaN")
+
+    tensors = {"a": torch.ones(2), "b": LazyTensor((2,), torch.float32, fail), "c": torch.ones(2)}
+    with pytest.raises(UserError, match="^tensor 'x' holds NaN$"):
+        write_checkpoint(tmp_path / "c", tensors)
+    assert not list(tmp_path.iterdir())
 
 
 def test_misfits_are_named(teacher, tmp_path):
