@@ -91,7 +91,7 @@ def build_graph(config: RunConfig, teacher: ModelConfig, stages: Sequence[str], 
             jobs += candidates
             previous = tuple(job.name for job in candidates)
             collector = _single_job(config, cluster, stage, previous)
-        elif trained is not None and trained.jobs:
+        elif hasattr(config.stage(stage), "training"):
             collector = _training_job(config, cluster, stage, trained, previous)
         else:
             collector = _single_job(config, cluster, stage, previous)
