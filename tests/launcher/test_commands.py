@@ -152,6 +152,17 @@ def test_clean_keeps_what_results_name(run, launcher):
     assert not run.path.exists()
 
 
+def test_clean_all_of_a_linked_run_removes_the_run_and_not_just_the_link(run, launcher):
+    """Runs in a cluster's job directory have a link in runs/."""
+    real = run.path.rename("elsewhere").resolve()
+    run.path.symlink_to(real)
+    (real / "weights").write_bytes(b"x" * 5000)
+    code, out, _ = launcher("clean", "a", "--all", "--dryrun")
+    assert code == 0 and real.is_dir() and "KiB would be freed" in out
+    assert launcher("clean", "a", "--all")[0] == 0
+    assert not real.exists() and not run.path.is_symlink()
+
+
 def test_report_of_a_run_that_has_only_started(launcher):
     write_fake_run(Path("runs/b"), ())
     assert launcher("report", "b")[0] == 0
