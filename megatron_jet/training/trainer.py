@@ -129,8 +129,11 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint and delete the old ones."""
-        self.progress.seconds = self.seconds_before + time.monotonic() - self.started
-        self.folder.save(self.student, self.optimizer, self.progress, self.loader.state_dict())
+        progress = self.progress
+        progress.seconds = self.seconds_before + time.monotonic() - self.started
+        # Clocks differ between ranks, which Megatron reports for what all ranks save in common.
+        progress.seconds, progress.step_seconds = from_rank_0((progress.seconds, progress.step_seconds))
+        self.folder.save(self.student, self.optimizer, progress, self.loader.state_dict())
         self.folder.prune(self.progress.best_step)
 
     def finish(self) -> TrainResult:

@@ -93,8 +93,10 @@ def check_distillation(run: Run) -> None:
     job = run.views()["stage1"].job_id
     logs = sorted((run.path / "stages" / "stage1" / "logs").glob(f"stage1.{job}.0.*.log"))
     assert len(logs) == 2, "one log per node"
-    ranks = [line for log in logs for line in log.read_text().splitlines() if line.startswith("rank ")]
+    lines = [line for log in logs for line in log.read_text().splitlines()]
+    ranks = [line for line in lines if line.startswith("rank ")]
     assert sorted(line.partition(" on ")[0] for line in ranks) == [f"rank {rank} of 4" for rank in range(4)]
+    assert not [line for line in lines if "differs from rank 0" in line], "ranks saved different things as common"
     assert run.stage_result("stage1")["tokens"] == STEPS * 4 * 64, "a sequence per process and step"
 
 
