@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from jet_launcher.prefetch import Item, fetch, needed, refuse_missing
+from jet_launcher.provenance import git_state
 from jet_launcher.slurm import package
 from jet_launcher.slurm.package import code_files, ship_code
 from megatron_jet.configs.errors import UserError
@@ -43,6 +44,13 @@ def test_working_tree_ships_as_it_is(checkout, tmp_path):
     assert (code.path / "megatron_jet" / "link.py").is_symlink()
     assert (code.path / "megatron_jet" / "link.py").read_text() == "x = 1\n"
     assert code.files == len(names)
+
+
+def test_provenance_holds_what_is_not_committed(checkout):
+    state = git_state(checkout)
+    assert len(state["revision"]) == 40 and state["dirty"]
+    assert "+x = 2  # not committed" in state["diff"] and "deleted file mode" in state["diff"]
+    assert state["untracked"] == ["megatron_jet/new.py"]
 
 
 def test_same_content_ships_once_and_a_change_ships_anew(checkout, tmp_path):

@@ -17,6 +17,7 @@ from megatron_jet.configs.files import read_json, write_json
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+POSTNAS = (sys.executable, str(ROOT / "launcher" / "postnas.py"))
 PATIENCE = 240.0  # seconds; the machine may be busy
 # All that the launcher looks at; the stand-in loads no weights.
 TEACHER = {
@@ -51,12 +52,17 @@ class Run:
 
     def launcher(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Call `postnas.py`."""
-        command = [sys.executable, str(ROOT / "launcher" / "postnas.py"), *arguments]
+        command = [*POSTNAS, *arguments]
         done = subprocess.run(
             command, env=self.environment, capture_output=True, text=True, timeout=1000, cwd=self.path.parent
         )
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start `postnas.py`."""
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen([*POSTNAS, *arguments], env=self.environment, text=True, **pipes)
 
     def views(self) -> dict[str, JobView]:
         """State of every job by name."""

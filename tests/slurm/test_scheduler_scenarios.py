@@ -34,11 +34,18 @@ def test_job_that_misses_the_warning_is_queued_again_before_the_time_limit_ends_
     assert "TIMEOUT" not in slurm_command("sacct", "-nXPD", "-j", views["stage1"].job_id, "-o", "State")
 
 
-def test_requeue_by_an_administrator_resumes(submit):
+def test_requeue_by_an_administrator_resumes_and_logs_follow(submit):
     run = submit("stage1", {"stage1": "long"}, TWO_NODES, env={"STAND_IN_STEP_SECONDS": "0.05"})
     job = run.until_step("stage1", 8)
+    follower = run.start("logs", str(run.path), "stage1", "-f")
     slurm_command("scontrol", "requeue", job.job_id)
     views = run.until_over()
+    out, err = follower.communicate(timeout=60)
+    starts = {
+        line.rpartition("starts at step ")[2].split()[0] for line in out.splitlines() if "rank 0/4 starts" in line
+    }
+    assert "0" in starts and len(starts) == 2, "both attempts are shown"
+    assert (follower.returncode, err) == (0, "stage1: done\n")
     assert views["stage1"].state == "done"
     assert views["stage1"].restarts == 1
     assert run.result("stage1") == expected(LONG)
