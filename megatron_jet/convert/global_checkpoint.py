@@ -4,10 +4,7 @@ Conversion and student initialisation work on whole tensors and need no model, n
 written here loads at any tensor- and pipeline-parallel layout, as a checkpoint saved by Megatron does.
 """
 
-import glob
 import io
-import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -25,14 +21,14 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
 from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.files import temporary_beside, write_json
+from megatron_jet.configs.files import write_json
 from megatron_jet.convert.ahead import made_ahead
+from megatron_jet.convert.output_directory import one_line, replaced_directory
 
 COMPLETE_MARK = "metadata.json"  # Megatron's own; written last, so that a directory without it is unfinished
 COMMON_STATE = "common_state/shard_0_1"  # Megatron's place for everything that is not a tensor: nothing here
 # Below this size one file holds everything; above, one file per tensor: the writer keeps a file's tensors alive.
 SINGLE_FILE_BYTES = 1 << 30
-OLD = ".old"  # ends the name of a directory that is being replaced
 
 
 @dataclass(frozen=True)
@@ -79,7 +75,7 @@ class GlobalCheckpoint:
         try:
             metadata = FileSystemReader(self.path).read_metadata()
         except Exception as error:
-            raise UserError(f"{path}: checkpoint metadata cannot be read ({_one_line(error)})") from None
+            raise UserError(f"{path}: checkpoint metadata cannot be read ({one_line(error)})") from None
         self._reader = _Reader(self.path, metadata)
         self._places = metadata.storage_data
         self._entries = {
@@ -192,7 +188,7 @@ def write_checkpoint(
         plan: dict = {key: torch.empty(t.shape, dtype=t.dtype, device="meta") for key, t in lazy.items()}
         plan[COMMON_STATE] = _serialized([{}])
         try:
-            with _without_process_group():
+            with _without_process_group(), _without_checksums():
                 dcp.save(plan, storage_writer=writer, planner=_LazyPlanner(lazy), no_dist=True)
         except dcp.api.CheckpointException as error:
             raise next(iter(error.failures.values()))[0] from None  # what went wrong, without the writer's wrapping
@@ -212,71 +208,14 @@ def _without_process_group() -> Iterator[None]:
 
 
 @contextmanager
-def replaced_directory(path: str | Path) -> Iterator[Path]:
-    """A temporary directory that takes the place of `path` when the block ends well, and vanishes when it does not.
-
-    Its files have reached the disk before it gets its name. What a kill left of an earlier attempt at the same path is
-    removed, and the directory that was there before comes back if the kill fell between the two renames.
-    """
-    path = Path(path)
-    prefix = f".{path.name}.partial-"
+def _without_checksums() -> Iterator[None]:
+    """torch.save computes a CRC of every tensor, which torch.load never looks at; it is a sixth of the time."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in path.parent.glob(f"{glob.escape(prefix)}*"):
-            if leftover.suffix == OLD and not path.exists():
-                os.rename(leftover, path)
-            else:
-                shutil.rmtree(leftover, ignore_errors=True)
-        temporary = temporary_beside(path)
-        temporary.mkdir()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-    old = temporary.with_name(temporary.name + OLD)
-    try:
-        yield temporary
-        _sync(temporary)
-        if path.exists():
-            os.rename(path, old)
-        os.rename(temporary, path)
-        _sync_one(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException as error:
-        if old.exists() and not path.exists():
-            os.rename(old, path)
-        shutil.rmtree(temporary, ignore_errors=True)
-        problem = write_problem(error)
-        if problem is not None:
-            raise UserError(f"{path}: cannot be written ({problem})") from None
-        raise
-
-
-def _sync(directory: Path) -> None:
-    """Wait until everything below a directory is on the disk."""
-    for folder, _, names in os.walk(directory):
-        for name in names:
-            _sync_one(Path(folder, name))
-        _sync_one(Path(folder))
-
-
-def _sync_one(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
+        yield
     finally:
-        os.close(handle)
-
-
-def write_problem(error: BaseException) -> str | None:
-    """What the file system said, if that is why writing failed; torch and safetensors wrap it."""
-    if isinstance(error, UserError):
-        return None
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError):
-            return cause.strerror or str(cause)
-        cause = cause.__cause__ or cause.__context__
-    wrapped = isinstance(error, SafetensorError) or "inline_container" in str(error)
-    return f"disk full? {_one_line(error)}" if wrapped else None
+        torch.serialization.set_crc32_options(before)
 
 
 def _serialized(value: list) -> io.BytesIO:
@@ -284,7 +223,3 @@ def _serialized(value: list) -> io.BytesIO:
     torch.save(value, buffer)
     buffer.seek(0)
     return buffer
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

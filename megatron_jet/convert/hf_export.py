@@ -12,11 +12,12 @@ from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import read_json, write_text
 from megatron_jet.configs.hf_format import HYBRIDS, model_from_hf, model_to_hf
 from megatron_jet.configs.model import ModelConfig
-from megatron_jet.convert.global_checkpoint import GlobalCheckpoint, replaced_directory
+from megatron_jet.convert.global_checkpoint import GlobalCheckpoint
 from megatron_jet.convert.hf_files import OutTensor, write_hf_tensors
 from megatron_jet.convert.hf_import import COMPANIONS, check_output, copy_companions, finite
 from megatron_jet.convert.hf_package import auto_map, write_modeling_code
 from megatron_jet.convert.model_card import model_card
+from megatron_jet.convert.output_directory import replaced_directory
 from megatron_jet.convert.weights import split_row
 from megatron_jet.mixers.params import ParamRow
 from megatron_jet.model.param_table import param_table

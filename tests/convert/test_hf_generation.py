@@ -104,6 +104,22 @@ def test_cache_does_not_change_beams_or_samples(model, options):
     assert torch.equal(*outputs)
 
 
+@pytest.mark.parametrize(
+    "options", [{"do_sample": True, "top_p": 0.9}, {"num_beams": 3, "do_sample": True}, {"num_beams": 4}]
+)
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_padding_changes_neither_samples_nor_beams(model, options, use_cache):
+    """The same random numbers give the same tokens, however much padding stands before the prompt."""
+    prompt, outputs = random_tokens(9, seed=4), []
+    for padding in (0, 1, 6, 63):
+        tokens = torch.cat([torch.zeros(padding, dtype=torch.long), prompt])[None]
+        mask = (torch.arange(padding + 9) >= padding).long()[None]
+        torch.manual_seed(0)
+        outputs.append(greedy(model, tokens, mask, use_cache=use_cache, **options)[0, padding:])
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+    assert len(set(outputs[0][9:].tolist())) > 1
+
+
 def test_cache_sizes(model):
     """Windows hold the window, states are constant, full attention holds the tokens."""
     cache = HybridCache(model.config, max_length=300)

@@ -1,6 +1,8 @@
 """One small run through every stage, and what must hold in its directory."""
 
+import importlib.util
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -218,7 +220,8 @@ def test_export_loads_by_itself_and_equals_the_megatron_model(ctx):
     batch = tokenizer("def f(x):", return_tensors="pt")
     assert model.generate(batch.input_ids, max_new_tokens=4, do_sample=False).shape[1] == batch.input_ids.shape[1] + 4
     card = (out / "README.md").read_text()
-    assert "trust_remote_code=True" in card and "licence" in card
+    assert "trust_remote_code=True" in card and "licence" in card and "run tiny" in card
+    assert "by beam search (width 2) in a once-for-all supernet" in card and "at most 6 sequences" in card
     evaluated = ctx.result("evaluate")
     assert evaluated.final.loss == pytest.approx(evaluated.megatron.loss, abs=1e-5)
     assert evaluated.final.accuracy == evaluated.megatron.accuracy
@@ -226,6 +229,24 @@ def test_export_loads_by_itself_and_equals_the_megatron_model(ctx):
     final = ModelConfig.parse(ctx.result("stage2").model_config_)
     assert evaluated.final_params == sum(p.numel() for p in model.parameters()) == model_cost(final, 1).total_params
     assert evaluated.final_cache_bytes["4096"] == model_cost(final, 4096).cache_bytes
+
+
+def test_the_harness_gives_the_scores_of_the_evaluate_stage(ctx, tmp_path):
+    """tools/evaluate.py on the export, with lm-evaluation-harness, against what the run's report shows."""
+    path = Path(__file__).parents[2] / "tools" / "evaluate.py"
+    spec = importlib.util.spec_from_file_location("evaluate_tool", path)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    export, data, out = ctx.run_dir / "export", ctx.config.data.path, tmp_path / "scores.json"
+    arguments = [str(export), "--tasks", "tiny", "--data", data, "--sequences", str(ctx.config.evaluate.eval.samples)]
+    assert tool.main([*arguments, "--dtype", "fp32", "--device", "cpu", "--output", str(out)]) == 0
+    found = read_json(out)["tasks"]
+    expected = ctx.result("evaluate").final
+    assert set(found) >= {f"tiny_{name}" for name in expected.loss}
+    for name, loss in expected.loss.items():
+        assert found[f"tiny_{name}"]["metrics"]["loss,none"] == pytest.approx(loss, rel=1e-5, abs=4e-6), name
+    for name, accuracy in expected.accuracy.items():
+        assert found[f"tiny_{name}"]["metrics"]["accuracy,none"] == accuracy, name
 
 
 def test_changed_settings_redo_a_stage_and_what_follows(ctx, root):

@@ -1,0 +1,91 @@
+"""An output directory that is there whole or not at all."""
+
+import glob
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.files import temporary_beside
+
+OLD = ".old"  # ends the name of a directory that is being replaced
+SYNCED_AT_ONCE = 16
+
+
+@contextmanager
+def replaced_directory(path: str | Path) -> Iterator[Path]:
+    """A temporary directory that takes the place of `path` when the block ends well, and vanishes when it does not.
+
+    Its files have reached the disk before it gets its name. What a kill left of an earlier attempt at the same path is
+    removed, and the directory that was there before comes back if the kill fell between the two renames.
+    """
+    path = Path(path)
+    prefix = f".{path.name}.partial-"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in path.parent.glob(f"{glob.escape(prefix)}*"):
+            if leftover.suffix == OLD and not path.exists():
+                os.rename(leftover, path)
+            else:
+                shutil.rmtree(leftover, ignore_errors=True)
+        temporary = temporary_beside(path)
+        temporary.mkdir()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    old = temporary.with_name(temporary.name + OLD)
+    try:
+        yield temporary
+        _sync(temporary)
+        if path.exists():
+            os.rename(path, old)
+        os.rename(temporary, path)
+        _sync_one(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException as error:
+        if old.exists() and not path.exists():
+            os.rename(old, path)
+        shutil.rmtree(temporary, ignore_errors=True)
+        problem = write_problem(error)
+        if problem is not None:
+            raise UserError(f"{path}: cannot be written ({problem})") from None
+        raise
+
+
+def _sync(directory: Path) -> None:
+    """Wait until everything below a directory is on the disk. Many files at once share the journal's commits."""
+    folders = [Path(folder) for folder, _, _ in os.walk(directory)]
+    files = [path for folder in folders for path in folder.iterdir() if path.is_file()]
+    with ThreadPoolExecutor(max_workers=SYNCED_AT_ONCE) as workers:
+        list(workers.map(_sync_one, files))
+        list(workers.map(_sync_one, folders))
+
+
+def _sync_one(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_problem(error: BaseException) -> str | None:
+    """What the file system said, if that is why writing failed; torch and safetensors wrap it."""
+    if isinstance(error, UserError):
+        return None
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return cause.strerror or str(cause)
+        cause = cause.__cause__ or cause.__context__
+    wrapped = isinstance(error, SafetensorError) or "inline_container" in str(error)
+    return f"disk full? {one_line(error)}" if wrapped else None
+
+
+def one_line(error: BaseException) -> str:
+    """A message's text on one line, cut to a readable length."""
+    return " ".join(str(error).split())[:200]
