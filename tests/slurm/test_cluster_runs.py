@@ -1,6 +1,7 @@
 """Runs on a real Slurm beyond the scheduler: hostile values, NeMo-Run's commands, the plain twin, own host names."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -124,3 +125,4 @@ def test_nodes_with_their_own_addresses_meet(submit, tmp_path, monkeypatch, slur
         run.launcher("cancel", str(run.path))
     finally:
         own.stop()
+        shutil.rmtree(own.prefix)
