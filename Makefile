@@ -37,7 +37,7 @@ test-slow: install ## the tests that take minutes each
 test-faults: install ## runs killed at random moments end like runs left alone (minutes)
 	$(PYTEST) -m faults tests/faults --timeout 3600
 
-test-slurm: install ## jobs on a real Slurm, which it installs (Debian packages) and starts on this machine; needs root
+test-slurm: install ## jobs on a real Slurm, which it installs (Debian packages) and starts here; needs root (6 minutes, 2 cores)
 	bash tests/slurm/run.sh
 
 test-gpu: install ## the tests that need a GPU: one process, at most 8 minutes
