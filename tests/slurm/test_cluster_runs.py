@@ -12,7 +12,7 @@ import yaml
 
 from megatron_jet.configs.files import read_json
 from slurm.cluster import Cluster, namespaces_work
-from slurm.runs import ROOT, Run, expected, slurm_command
+from slurm.runs import ROOT, expected, slurm_command
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 HOSTILE = {
@@ -103,7 +103,7 @@ def wait(there, seconds: float = 240.0) -> None:
         time.sleep(0.3)
 
 
-def test_nodes_with_their_own_addresses_meet(submit, tmp_path, monkeypatch, slurm):
+def test_nodes_with_their_own_addresses_meet(submitter, monkeypatch, slurm):
     """Preflight with a real all-reduce over two nodes that have host names and addresses of their own."""
     if not namespaces_work():
         pytest.skip("this machine does not let us make network namespaces")
@@ -113,7 +113,7 @@ def test_nodes_with_their_own_addresses_meet(submit, tmp_path, monkeypatch, slur
     try:
         preflight = {"free_disk_gib": 0.01, "min_bandwidth_gb_per_s": 1e-6, "timeout_seconds": 400}
         overrides = ("stage1.resources.nodes=2", "nproc=2", "stage1.training.micro_batch_size=2")
-        run: Run = submit("stage1", {}, overrides, preflight=preflight, exclude=None)
+        run = submitter.stand_in("stage1", {}, overrides, preflight=preflight, exclude=None)
         views = run.until_over(patience=600)
         assert views["stage1"].state == "done", views
         log = run.launcher("logs", str(run.path), "stage1").stdout
@@ -122,7 +122,8 @@ def test_nodes_with_their_own_addresses_meet(submit, tmp_path, monkeypatch, slur
         [said] = (run.path / "cluster" / "preflight").glob(f"{views['stage1'].job_id}.0/log.txt")
         assert "n1 (n1): Python 3." in said.read_text() and "n2 (n2): Python 3." in said.read_text()
         assert "all-reduce over 4 processes" in said.read_text()
-        run.launcher("cancel", str(run.path))
+        submitter.close()  # while its own Slurm answers
     finally:
+        submitter.runs.clear()
         own.stop()
         shutil.rmtree(own.prefix)
