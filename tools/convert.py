@@ -74,24 +74,31 @@ def stop(number: int, frame: object) -> None:
 
 def run_import(args: argparse.Namespace) -> int:
     from megatron_jet.convert.hf_import import import_hf
+    from megatron_jet.convert.progress import ConversionProgress
 
-    model = import_hf(args.hf_dir, args.out, force=args.force)
+    with ConversionProgress() as progress:
+        model = import_hf(args.hf_dir, args.out, force=args.force, progress=progress)
     print(f"imported {args.hf_dir} ({model.num_layers} layers: {summary(model)}) into {args.out}")
+    print(progress.summary())
     return 0
 
 
 def run_export(args: argparse.Namespace) -> int:
     from megatron_jet.convert.hf_export import export_hf
+    from megatron_jet.convert.progress import ConversionProgress
 
-    model = export_hf(
-        args.checkpoint,
-        args.out,
-        dtype=args.dtype,
-        shard_bytes=args.shard_bytes,
-        force=args.force,
-        companions=args.tokenizer,
-    )
+    with ConversionProgress() as progress:
+        model = export_hf(
+            args.checkpoint,
+            args.out,
+            dtype=args.dtype,
+            shard_bytes=args.shard_bytes,
+            force=args.force,
+            companions=args.tokenizer,
+            progress=progress,
+        )
     print(f"exported {args.checkpoint} ({model.num_layers} layers: {summary(model)}) to {args.out}")
+    print(progress.summary())
     return 0
 
 

@@ -18,6 +18,7 @@ from megatron_jet.convert.hf_import import COMPANIONS, check_output, copy_compan
 from megatron_jet.convert.hf_package import auto_map, write_modeling_code
 from megatron_jet.convert.model_card import model_card
 from megatron_jet.convert.output_directory import replaced_directory
+from megatron_jet.convert.progress import ConversionProgress
 from megatron_jet.convert.weights import split_row
 from megatron_jet.mixers.params import ParamRow
 from megatron_jet.model.param_table import param_table
@@ -37,6 +38,7 @@ def export_hf(
     force: bool = False,
     companions: str | Path | None = None,
     card: str | None = None,
+    progress: ConversionProgress | None = None,
 ) -> ModelConfig:
     """Convert a Megatron checkpoint to a Hugging Face directory that loads by itself, modeling code included.
 
@@ -48,6 +50,7 @@ def export_hf(
         force: replace an existing `out`.
         companions: directory with the tokenizer's files; None: those kept at import, if any.
         card: text of README.md; None: the one kept at import if the model is still that one, else a short one.
+        progress: told of every tensor.
 
     Returns:
         The model's config.
@@ -67,6 +70,8 @@ def export_hf(
     rows = param_table(model)
     check_keys(model, rows, source)
     tensors = hf_tensors(rows, source, model, dtype)
+    if progress is not None:
+        tensors = [progress.watched(tensor) for tensor in tensors]
     companions = Path(companions) if companions is not None else checkpoint / COMPANIONS
     with replaced_directory(out) as temporary:
         write_hf_tensors(temporary, tensors, shard_bytes)

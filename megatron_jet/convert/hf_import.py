@@ -12,6 +12,7 @@ from megatron_jet.configs.hf_format import model_from_hf
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.convert.global_checkpoint import COMPLETE_MARK, LazyTensor, write_checkpoint
 from megatron_jet.convert.hf_files import HfTensors
+from megatron_jet.convert.progress import ConversionProgress
 from megatron_jet.mixers.layouts import join
 from megatron_jet.mixers.params import ParamRow
 from megatron_jet.model.param_table import param_table
@@ -32,7 +33,9 @@ COMPANION_STEMS = (
 TEXTS = ("README.md", "LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 
 
-def import_hf(hf_dir: str | Path, out: str | Path, *, force: bool = False) -> ModelConfig:
+def import_hf(
+    hf_dir: str | Path, out: str | Path, *, force: bool = False, progress: ConversionProgress | None = None
+) -> ModelConfig:
     """Convert a Hugging Face checkpoint. Needs memory for two or three tensors at a time.
 
     The checkpoint keeps the type of every tensor, config.json and the tokenizer's files, so that `export_hf` gives the
@@ -42,6 +45,7 @@ def import_hf(hf_dir: str | Path, out: str | Path, *, force: bool = False) -> Mo
         hf_dir: Qwen2, Qwen3, Llama, jet_nemotron or megatron_jet model with safetensors.
         out: checkpoint directory to make.
         force: replace an existing `out`.
+        progress: told of every tensor.
 
     Returns:
         The model's config.
@@ -60,6 +64,8 @@ def import_hf(hf_dir: str | Path, out: str | Path, *, force: bool = False) -> Mo
     rows = param_table(model)
     check_tensors(model, rows, source)
     tensors = {row.key: _lazy(row, source, model) for row in rows}
+    if progress is not None:
+        tensors = {key: progress.watched(tensor) for key, tensor in tensors.items()}
     write_checkpoint(out, tensors, model.to_dict(), lambda directory: copy_companions(hf_dir, directory / COMPANIONS))
     return model
 

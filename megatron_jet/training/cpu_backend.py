@@ -35,6 +35,7 @@ def install() -> None:
     # True, and of no use to somebody on a CPU.
     warnings.filterwarnings("ignore", message="(Transformer Engine and )?Apex (is|are) not installed")
     warnings.filterwarnings("ignore", message="full scope is deprecated")
+    warnings.filterwarnings("ignore", message=".*MimoModelConfig", category=UserWarning)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a CUDA toolkit, but no GPU
     _patch_current_device()
     _patch_streams()
