@@ -11,7 +11,7 @@ from jet_launcher.exit_codes import DONE
 from jet_launcher.options import LaunchOptions, check_inputs
 from jet_launcher.prefetch import refuse_missing
 from jet_launcher.remote import launch_remotely
-from jet_launcher.run_directory import RunDirectory, check_directory, open_run
+from jet_launcher.run_directory import RunDirectory, check_directory, check_upstream_results, open_run
 from jet_launcher.slurm.launch import Target, dry_run, live_jobs, submit_run, wait_for
 from jet_launcher.slurm.overview import job_views, run_word
 from jet_launcher.slurm.record import read_record
@@ -69,6 +69,7 @@ def launch_on_cluster(
     if target.cluster.offline:
         refuse_missing(config)
     check_inputs(config)
+    check_upstream_results(config, stages, options.output)
     run = open_run(config, options.output, root)
     _make_findable(run, options.root)
     return continue_on_cluster(run, config, stages, options, target)
@@ -85,6 +86,7 @@ def continue_on_cluster(
     if isinstance(target, RemoteTarget):
         raise UserError(f"{run.id} is here, but cluster '{target.name}' is behind SSH; start a new run there")
     stream = sys.stderr if options.as_json else sys.stdout
+    check_upstream_results(config, stages, run.path)
     record = submit_run(run, config, check_inputs(config), stages, target, stream)
     code = wait_for(run, stream) if options.wait else DONE
     if options.as_json:

@@ -22,6 +22,7 @@ from jet_launcher.remote import remote_of
 from jet_launcher.run_directory import (
     RunDirectory,
     check_directory,
+    check_upstream_results,
     choose_stages,
     describe_os_error,
     find_run,
@@ -55,6 +56,7 @@ def launch(recipe: str, overrides: list[str], options: LaunchOptions) -> int:
         return _dry_run(config, stages, options)
     config = expand_paths(config)
     teacher = check_inputs(config)
+    check_upstream_results(config, stages, options.output)
     run = open_run(config, options.output, options.root)
     return execute(run, config, teacher, stages, options)
 
@@ -71,6 +73,7 @@ def resume(run_id: str, options: LaunchOptions) -> int:
     target = cluster_of(run, options.cluster)
     if target is not None:
         return continue_on_cluster(run, config, stages, options, target)
+    check_upstream_results(config, stages, run.path)
     return execute(run, config, check_inputs(config), stages, options)
 
 

@@ -12,6 +12,7 @@ from megatron_jet.configs.files import read_json, write_text
 from megatron_jet.configs.overrides import dump_yaml, load_yaml
 from megatron_jet.configs.run import RunConfig
 from megatron_jet.configs.stages import STAGE_ORDER
+from megatron_jet.configs.upstream import check_upstream
 
 DEFAULT_ROOT = Path("runs")
 _SHOWN_DIFFERENCES = 5
@@ -151,6 +152,12 @@ def choose_stages(config: RunConfig, names: str | None) -> tuple[str, ...]:
     if wanted != ["report"]:
         wanted.append("prepare")
     return tuple(stage for stage in STAGE_ORDER if stage in wanted)
+
+
+def check_upstream_results(config: RunConfig, stages: tuple[str, ...], path: Path | None) -> None:
+    """Raise UserError when a stage needs another that is neither among `stages` nor finished in the run at `path`."""
+    run = RunDirectory(path) if path is not None else None
+    check_upstream(config, stages, lambda stage: run is not None and (run.stage(stage) / "result.json").is_file())
 
 
 def _new_path(config: RunConfig, root: Path) -> Path:

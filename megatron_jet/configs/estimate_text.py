@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from megatron_jet.configs.cost import ModelCost, model_cost
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.run_estimate import RunEstimate
+from megatron_jet.configs.stages import SEARCH_STAGES
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -102,8 +103,10 @@ def run_text(estimate: RunEstimate) -> str:
     header = ("stage", "jobs", "GPUs", "tokens", "FLOPs", "GPU-hours", "paper", "memory/GPU", "disk")
     note = (
         f"GPU-hours at {estimate.utilisation:.0%} of {estimate.peak_tflops:g} TFLOP/s "
-        "(model FLOPs, recomputation not counted). Placement is assumed uniform; costs depend on the budgets only."
+        "(model FLOPs, recomputation not counted)."
     )
+    if any(stage.stage in SEARCH_STAGES for stage in estimate.stages):
+        note += " Placement is assumed uniform; costs depend on the budgets only."
     return table(header, rows) + "\n" + note
 
 

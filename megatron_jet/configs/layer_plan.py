@@ -63,6 +63,12 @@ def full_layers(plan: LayerPlan) -> tuple[int, ...]:
     return tuple(i for i, entry in enumerate(plan) if entry == "attn")
 
 
+def linear_kinds(plan: LayerPlan) -> tuple[str, ...]:
+    """The linear mixers of a plan, each once, in the order of its layers. Raises UserError for a bad entry."""
+    kinds = dict.fromkeys(split_entry(entry)[0] for entry in plan)
+    return tuple(kind for kind in kinds if kind in LINEAR_MIXERS)
+
+
 def linear_layers(plan: LayerPlan) -> tuple[int, ...]:
     """0-based indices of the layers with a linear mixer."""
     return tuple(i for i, entry in enumerate(plan) if split_entry(entry)[0] in LINEAR_MIXERS)

@@ -6,9 +6,11 @@ from pydantic import Field, field_serializer, field_validator, model_validator
 
 from megatron_jet.configs.base import StrictModel
 from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.layer_plan import LayerPlan, linear_kinds
 from megatron_jet.configs.mixers.base import MixerConfig
 from megatron_jet.configs.mixers.registry import typed_mixers
 from megatron_jet.configs.stages import (
+    SEARCH_STAGES,
     STAGE_ORDER,
     CandidateStageConfig,
     EvaluateConfig,
@@ -39,6 +41,9 @@ class RunConfig(StrictModel):
     parallel: ParallelConfig = ParallelConfig()
     dtype: Literal["fp32", "bf16"] = "fp32"
     stages: tuple[str, ...] = STAGE_ORDER
+    student_plan: LayerPlan | None = Field(
+        default=None, description="mixer of every layer, for runs that train a known architecture; None: search for it"
+    )
     placement: PlacementConfig
     block_selection: CandidateStageConfig
     new_block: CandidateStageConfig
@@ -70,7 +75,19 @@ class RunConfig(StrictModel):
             for name in names:
                 if name.removesuffix("_static") not in self.mixers:
                     raise UserError(f"{where}: '{name}' has no entry in mixers; known: {', '.join(self.mixers)}")
+        if self.student_plan is not None:
+            self._check_known_architecture(self.student_plan)
         return self
+
+    def _check_known_architecture(self, plan: LayerPlan) -> None:
+        for kind in linear_kinds(plan):
+            if kind not in self.mixers:
+                raise UserError(f"student_plan: '{kind}' has no entry in mixers; known: {', '.join(self.mixers)}")
+        if any(stage in SEARCH_STAGES for stage in self.stages):
+            rest = ",".join(stage for stage in self.stages if stage not in SEARCH_STAGES)
+            raise UserError(f"student_plan leaves nothing to search for; set stages=[{rest}] with it")
+        if self.stage1.init == "search":
+            raise UserError("student_plan leaves no search to continue; set stage1.init=teacher with it")
 
     def stage(self, name: str) -> Any:
         """Config of one stage. Raises UserError for an unknown name."""

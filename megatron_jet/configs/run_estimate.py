@@ -10,7 +10,7 @@ from megatron_jet.configs.estimate import (
     training_flops_per_token,
     training_memory,
 )
-from megatron_jet.configs.layer_plan import hybrid_plan, linear_layers, uniform_placement
+from megatron_jet.configs.layer_plan import LayerPlan, hybrid_plan, linear_kinds, linear_layers, uniform_placement
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.run import RunConfig
 from megatron_jet.configs.stages import GridPoint, StageResources
@@ -51,14 +51,17 @@ class RunEstimate(StrictModel):
 
 
 def planned_student(config: RunConfig, teacher: ModelConfig, mixer: str | None = None) -> ModelConfig:
-    """The hybrid that a run is heading for: budgets as in the config, placement uniform (it is not searched yet).
+    """The hybrid that a run is heading for: `student_plan`, or budgets as in the config and a uniform placement.
 
-    Costs depend on how many layers are full or windowed, not on which. The linear mixer is the one that the hardware
-    search resizes; before the search, that is the first candidate of new_block that is not the plain baseline.
+    Nothing is searched yet then; costs depend on how many layers are full or windowed, not on which. The linear mixer
+    is the one that the hardware search resizes; before the search, that is the first candidate of new_block that is
+    not the plain baseline.
 
     Raises:
         UserError: the budgets leave no linear layer, of which every later stage has something to train.
     """
+    if config.student_plan is not None and mixer is None:
+        return known_student(config, config.student_plan, teacher)
     candidates = [name for name in config.new_block.candidates if not name.endswith("_static")]
     mixer = mixer or config.hardware_search.mixer or candidates[-1]
     budget = config.placement.budget
@@ -71,6 +74,11 @@ def planned_student(config: RunConfig, teacher: ModelConfig, mixer: str | None =
         )
     windows = dict.fromkeys(free[: config.placement.swa_budget], config.placement.swa_window)
     return teacher.with_plan(hybrid_plan(teacher.num_layers, mixer, full, windows), dict(config.mixers))
+
+
+def known_student(config: RunConfig, plan: LayerPlan, teacher: ModelConfig) -> ModelConfig:
+    """The student with this plan and the mixers of the config. Raises UserError when it does not fit the teacher."""
+    return teacher.with_plan(plan, {kind: config.mixers[kind] for kind in linear_kinds(plan)})
 
 
 def estimate_run(
@@ -104,6 +112,9 @@ def _jobs(
     config: RunConfig, teacher: ModelConfig, student: ModelConfig
 ) -> dict[str, list[tuple[ModelConfig, TrainingConfig]]]:
     """The training runs of each stage: which model, how long."""
+    training = {"stage1": [(student, config.stage1.training)], "stage2": [(student, config.stage2.training)]}
+    if config.student_plan is not None:
+        return training
 
     def sized(name: str) -> ModelConfig:
         return planned_student(config, teacher, name.removesuffix("_static"))
@@ -119,8 +130,7 @@ def _jobs(
         ],
         "new_block": [(sized(name), config.new_block.training) for name in config.new_block.candidates],
         "hardware_search": [(model, search.training) for model in resized],
-        "stage1": [(student, config.stage1.training)],
-        "stage2": [(student, config.stage2.training)],
+        **training,
     }
 
 

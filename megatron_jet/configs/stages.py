@@ -20,6 +20,8 @@ STAGE_ORDER = (
     "evaluate",
     "report",
 )
+SELECTION_STAGES = ("block_selection", "new_block", "hardware_search")
+SEARCH_STAGES = ("placement", *SELECTION_STAGES)
 
 
 class EvalConfig(StrictModel):

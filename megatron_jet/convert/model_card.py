@@ -18,6 +18,7 @@ BASE_LICENCES = {
 }
 VARIANTS = ("-Instruct", "-Base")  # of a base model, under the same licence
 CONTEXT = 65536
+MADE = {True: "Made by Post Neural Architecture Search (PostNAS, arXiv 2508.15884)", False: "Distilled"}
 
 
 def model_card(
@@ -37,7 +38,7 @@ def model_card(
         command: that made it.
         teacher: name or path of the base model; None when a checkpoint does not say where it comes from.
         recipe: of the run that made it, if one did.
-        placement: what that run's search found.
+        placement: what that run's search found; None: the recipe gave the layer plan.
         scores: of this model.
         scored_on: which data that was, and how much.
     """
@@ -45,15 +46,14 @@ def model_card(
     hybrid = any(entry != "attn" for entry in model.layer_plan)
     lines = [f"# {'Hybrid' if hybrid else 'Full-attention'} model" + (f" from {name}" if name else ""), ""]
     if recipe is not None:
-        lines.append(
-            "Made by Post Neural Architecture Search (PostNAS, arXiv 2508.15884) with Megatron-Jet, "
-            f"recipe `{recipe}`, from the base model {name}."
-        )
+        lines.append(f"{MADE[placement is not None]} with Megatron-Jet, recipe `{recipe}`, from the base model {name}.")
     else:
         lines.append("Converted from a Megatron checkpoint by Megatron-Jet.")
     lines += ["", *_architecture(model)]
     if placement is not None:
         lines.append(f"- placement: {_how_found(placement)}")
+    elif hybrid and recipe is not None:
+        lines.append("- placement: given by the recipe (`student_plan`), not searched for")
     elif hybrid:
         lines.append("- placement: as in the checkpoint, which does not say how it was found")
     lines += [

@@ -9,10 +9,10 @@ from megatron_jet.configs.cost import ModelCost, model_cost
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.results import EvaluateResult, ExportResult, Measured, Scores, TrainStageResult
 from megatron_jet.configs.teacher_source import resolve_teacher
+from megatron_jet.configs.upstream import final_stage
 from megatron_jet.convert.hf_package import load_for_causal_lm
 from megatron_jet.evaluation.hf_scores import score_hf
 from megatron_jet.evaluation.throughput.stages import measure_model
-from megatron_jet.postnas.export import final_stage
 from megatron_jet.postnas.processes import on_main
 from megatron_jet.postnas.scoring import eval_sets, score_checkpoint
 from megatron_jet.postnas.stage import StageContext, common_inputs, persisted
@@ -29,10 +29,10 @@ class EvaluateStage:
     kept = ()
 
     def inputs(self, ctx: StageContext) -> dict[str, Any]:
-        return common_inputs(ctx, self.name, "prepare", final_stage(ctx), "export")
+        return common_inputs(ctx, self.name, "prepare", final_stage(ctx.config), "export")
 
     def run(self, ctx: StageContext, inputs_hash: str) -> EvaluateResult:
-        trained: TrainStageResult = ctx.result(final_stage(ctx))
+        trained: TrainStageResult = ctx.result(final_stage(ctx.config))
         export: ExportResult = ctx.result("export")
         model = ModelConfig.parse(trained.model_config_, "final model")
         ctx.status.phase("scoring the final model")

@@ -12,6 +12,7 @@ from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.results import ExportResult, Measured, TrainStageResult
 from megatron_jet.configs.stages import EvalConfig
 from megatron_jet.configs.training import ParallelConfig
+from megatron_jet.configs.upstream import final_stage
 from megatron_jet.convert.hf_export import export_hf
 from megatron_jet.convert.hf_package import load_for_causal_lm
 from megatron_jet.convert.model_card import model_card
@@ -36,10 +37,10 @@ class ExportStage:
     kept = ()
 
     def inputs(self, ctx: StageContext) -> dict[str, Any]:
-        return common_inputs(ctx, self.name, "prepare", final_stage(ctx))
+        return common_inputs(ctx, self.name, "prepare", final_stage(ctx.config))
 
     def run(self, ctx: StageContext, inputs_hash: str) -> ExportResult:
-        trained: TrainStageResult = ctx.result(final_stage(ctx))
+        trained: TrainStageResult = ctx.result(final_stage(ctx.config))
         model = ModelConfig.parse(trained.model_config_, "final model")
         checkpoint, out = ctx.path(trained.checkpoint), ctx.run_dir / EXPORT
         ctx.status.phase("writing the Hugging Face directory")
@@ -65,7 +66,7 @@ class ExportStage:
             command=launch_command(ctx),
             teacher=ctx.config.teacher.path,
             recipe=ctx.config.recipe,
-            placement=ctx.result("placement"),
+            placement=ctx.result("placement") if ctx.config.student_plan is None else None,
             scores=trained.after,
             scored_on=scored_on(ctx, trained),
         )
@@ -122,8 +123,3 @@ def launch_command(ctx: StageContext) -> str:
         at = rest.index("--output")
         del rest[at : at + 2]
     return shlex.join(["python", f"launcher/{LAUNCHER}", *(word for word in rest if not word.startswith("--output="))])
-
-
-def final_stage(ctx: StageContext) -> str:
-    """The last training stage that the run has."""
-    return "stage2" if "stage2" in ctx.config.stages else "stage1"

@@ -17,8 +17,8 @@ from megatron_jet.configs.layer_plan import LayerPlan
 from megatron_jet.configs.mixers.base import MixerConfig
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.results import CandidateResult, Measured, SelectionResult
-from megatron_jet.configs.run import RunConfig
 from megatron_jet.configs.stages import ThroughputConfig
+from megatron_jet.configs.upstream import last_selection
 from megatron_jet.convert.student import student_plan
 from megatron_jet.evaluation.throughput.stages import measure_generation
 from megatron_jet.postnas.jobs import Start, remove_checkpoints, train_student
@@ -27,7 +27,6 @@ from megatron_jet.postnas.ranking import Ranking, rank_by_accuracy, rank_within_
 from megatron_jet.postnas.scoring import score_checkpoint
 from megatron_jet.postnas.stage import StageContext, clear_directory, common_inputs, persisted, read_model
 
-SELECTION_STAGES = ("block_selection", "new_block", "hardware_search")
 STATIC = "_static"  # suffix of a mixer's ablation with a static convolution
 
 
@@ -187,12 +186,6 @@ def grid_candidate(ctx: StageContext, name: str) -> Candidate:
     mixer = ctx.config.mixers[settings.mixer] if settings.mixer else selected_mixer(ctx, before="hardware_search")
     sizes = {"num_heads": point.heads, "head_dim": point.d_k, "expand_v": point.d_v / point.d_k}
     return Candidate(name, mixer.replace(**sizes))
-
-
-def last_selection(config: RunConfig, before: str | None = None) -> str | None:
-    """The last selection stage that the run has (before another one): its winner is the mixer so far."""
-    stages = SELECTION_STAGES[: SELECTION_STAGES.index(before)] if before else SELECTION_STAGES
-    return next((stage for stage in reversed(stages) if stage in config.stages), None)
 
 
 def selected_mixer(ctx: StageContext, before: str | None = None) -> MixerConfig:

@@ -7,9 +7,11 @@ from typing import Any
 
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.results import Measured, Scores, TrainStageResult
+from megatron_jet.configs.run_estimate import known_student
+from megatron_jet.configs.upstream import last_selection
 from megatron_jet.postnas.jobs import Start, first_weights, train_student
 from megatron_jet.postnas.scoring import score_checkpoint
-from megatron_jet.postnas.selection import candidate_model, last_selection, selected_mixer, winner_checkpoint
+from megatron_jet.postnas.selection import candidate_model, selected_mixer, winner_checkpoint
 from megatron_jet.postnas.stage import StageContext, common_inputs, persisted
 
 JOB = "student"
@@ -28,18 +30,17 @@ class TrainStage:
     kept: tuple[str, ...] = ()
 
     def inputs(self, ctx: StageContext) -> dict[str, Any]:
-        upstream = ["prepare", "placement"]
+        upstream = ["prepare"]
+        if ctx.config.student_plan is None:
+            upstream.append("placement")
         if self.follows is not None:
             upstream.append(self.follows)
-        selection = last_selection(ctx.config)
-        mixer = selected_mixer(ctx)
-        inputs = common_inputs(ctx, self.name, *upstream) | {"mixer": {"kind": mixer.kind, "config": mixer.to_dict()}}
         if self._continues_search(ctx):
-            inputs["upstream"][selection] = ctx.upstream(selection)
-        return inputs
+            upstream.append(last_selection(ctx.config))
+        return common_inputs(ctx, self.name, *upstream) | {"model": final_model(ctx).to_dict()}
 
     def run(self, ctx: StageContext, inputs_hash: str) -> TrainStageResult:
-        model = candidate_model(ctx, selected_mixer(ctx))
+        model = final_model(ctx)
         start = self._start(ctx)
         ctx.status.phase("scoring the first weights")
         before = self._scores(ctx, model, "before", lambda: first_weights(ctx, self.name, JOB, model, start))
@@ -82,6 +83,13 @@ class TrainStage:
             Scores,
             lambda: score_checkpoint(ctx, model, checkpoint(), ctx.data.heldout_split, evaluation),
         )
+
+
+def final_model(ctx: StageContext) -> ModelConfig:
+    """The student: of the recipe's `student_plan`, or of the placement and the mixer that the search found."""
+    if ctx.config.student_plan is not None:
+        return known_student(ctx.config, ctx.config.student_plan, ctx.teacher)
+    return candidate_model(ctx, selected_mixer(ctx))
 
 
 STAGE1 = TrainStage("stage1")

@@ -11,7 +11,8 @@ import pytest
 from jet_launcher.processes import WorkerProcesses, worker_environment
 from jet_launcher.run_directory import RunDirectory
 
-STAGES = ("--stages", "placement,stage1")
+# A run that selects nothing, so that stage 1 needs the placement only.
+STAGES = ("--stages", "placement,stage1", "stages=[prepare,placement,stage1]")
 
 
 def run_arguments(teacher: Path, output: str = "runs/a", *more: str) -> tuple[str, ...]:

@@ -101,13 +101,13 @@ def test_commands_answer(login_node, tmp_path, command):
 
 
 def submission(tmp_path, *arguments):
-    """Arguments of a `run` of the tiny recipe on a small cluster."""
+    """Arguments of a `run` of the tiny_distill recipe on a small cluster."""
     shape = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 8, "num_attention_heads": 4}
     teacher = tmp_path / "teacher"
     teacher.mkdir()
     more = {"model_type": "qwen2", "num_key_value_heads": 2, "vocab_size": 448, "tie_word_embeddings": True}
     (teacher / "config.json").write_text(json.dumps({**shape, **more}))
-    return ["run", "tiny", "--cluster", "local_slurm", f"teacher.path={teacher}", *arguments]
+    return ["run", "tiny_distill", "--cluster", "local_slurm", f"teacher.path={teacher}", *arguments]
 
 
 def test_a_run_is_submitted_watched_and_cancelled_without_torch(login_node, tmp_path):
@@ -136,7 +136,7 @@ def test_a_run_is_submitted_watched_and_cancelled_without_torch(login_node, tmp_
     assert "2 jobs submitted to local_slurm" in started and " 12  stage1" in started
     rows = {line.split()[0]: line.split()[1:4] for line in launcher("status", "a").splitlines()[3:]}
     assert rows == {"prepare": ["running", "11", "n1"], "stage1": ["pending", "12", "(1)"]}
-    assert launcher("list").splitlines()[2].split()[:3] == ["a", "tiny", "running"]
+    assert launcher("list").splitlines()[2].split()[:3] == ["a", "tiny_distill", "running"]
     launcher("report", "a")
     assert "not finished" in (tmp_path / "runs/a/report.html").read_text()
     refused = call(environment, "clean", "a", "--all", cwd=tmp_path)

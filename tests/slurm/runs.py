@@ -1,6 +1,7 @@
 """Runs on the test cluster: submit them, wait for their jobs, look at what they left."""
 
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -138,9 +139,11 @@ class Submitter:
         write_json(teacher / "config.json", TEACHER)
         spoken = ",".join(f"{target}={how}" for target, how in (behaviours or {}).items())
         more["env"] = {"STAND_IN": spoken, **more.get("env", {})}
-        more = {"setup": [f"export PYTHONPATH={HERE}"], **more}
+        more = {"setup": [f"export PYTHONPATH={shlex.quote(str(HERE))}"], **more}
         arguments = ("--stages", stages, f"teacher.path={teacher}", *overrides)
-        return self.submit("tiny", arguments, name, worker="stand_in_stage", **more)
+        # The stages after the search need its results, unless the recipe knows the architecture.
+        recipe = "tiny" if "placement" in stages.split(",") else "tiny_distill"
+        return self.submit(recipe, arguments, name, worker="stand_in_stage", **more)
 
     def submit(self, recipe: str, arguments=(), name="run", worker="megatron_jet.run_stage", wait=False, **cluster):
         """`run RECIPE ARGUMENTS` on a cluster with these fields.

@@ -62,7 +62,7 @@ def test_waiting_says_done_and_nemo_runs_own_commands_work(submit):
 
 
 def test_second_submission_waits_for_jobs_of_the_first(submit):
-    run = submit("block_selection", {"block_selection:gla": "hold", "block_selection:jet": "usage"})
+    run = submit("placement,block_selection", {"block_selection:gla": "hold", "block_selection:jet": "usage"})
     run.until(lambda v: v["block_selection-jet"].state == "failed", "jet did not fail")
     slow = run.until_step("block_selection-gla")
     again = run.launcher("resume", str(run.path))

@@ -108,7 +108,7 @@ def test_stage_that_always_crashes_gives_up_and_says_why(submit):
 
 
 def test_crash_and_usage_error(submit):
-    run = submit("block_selection", {"block_selection:gla": "crash_once@3", "block_selection:jet": "usage"})
+    run = submit("placement,block_selection", {"block_selection:gla": "crash_once@3", "block_selection:jet": "usage"})
     views = run.until_over()
     assert views["block_selection-gla"].state == "done"
     assert run.events("block_selection-gla") == ["start", "end 1", "start", "end 0"]

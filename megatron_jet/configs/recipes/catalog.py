@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.overrides import load_yaml
+from megatron_jet.configs.recipes.distill import jet_nemotron_2b_distill, jet_nemotron_4b_distill, tiny_distill
 from megatron_jet.configs.recipes.jet_nemotron import jet_nemotron_2b, jet_nemotron_4b
 from megatron_jet.configs.recipes.tiny import tiny
 from megatron_jet.configs.run import RunConfig
@@ -15,6 +16,9 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "tiny": tiny,
     "jet_nemotron_2b": jet_nemotron_2b,
     "jet_nemotron_4b": jet_nemotron_4b,
+    "tiny_distill": tiny_distill,
+    "jet_nemotron_2b_distill": jet_nemotron_2b_distill,
+    "jet_nemotron_4b_distill": jet_nemotron_4b_distill,
 }
 
 

@@ -12,11 +12,10 @@ from megatron_jet.configs.files import SCHEMA_VERSION, hash_json, read_json
 from megatron_jet.configs.overrides import load_yaml
 from megatron_jet.configs.results import RESULT_TYPES, EvaluateResult, Scores, StageResult
 from megatron_jet.configs.run import RunConfig
-from megatron_jet.configs.stages import STAGE_ORDER
+from megatron_jet.configs.stages import SELECTION_STAGES, STAGE_ORDER
 from megatron_jet.evaluation.report.curves import read_curves
 from megatron_jet.evaluation.report.findings import findings, measured_findings
 
-SELECTION_STAGES = ("block_selection", "new_block", "hardware_search")
 TRAINING_STAGES = ("stage1", "stage2")
 PENDING, DONE = "pending", "done"
 

@@ -1,0 +1,43 @@
+"""Train an architecture that is known: stage 1, stage 2, export and evaluation, without the search.
+
+Each is the search's recipe with `student_plan` set. The plans are those that were found: published
+(known_models.py) for the Jet-Nemotron models, docs/results/tiny for the tiny one.
+"""
+
+from megatron_jet.configs.layer_plan import LayerPlan, hybrid_plan
+from megatron_jet.configs.recipes.jet_nemotron import jet_nemotron_2b, jet_nemotron_4b
+from megatron_jet.configs.recipes.known_models import jet_nemotron_2b_model, jet_nemotron_4b_model
+from megatron_jet.configs.recipes.tiny import tiny
+from megatron_jet.configs.run import RunConfig
+from megatron_jet.configs.stages import SEARCH_STAGES
+
+
+def tiny_distill() -> RunConfig:
+    """Recipe `tiny_distill`: the placement that the quickstart found, with JetBlock, in about three minutes."""
+    config = tiny()
+    plan = hybrid_plan(8, "jet", full=(2, 4), windows={0: 32})
+    # The search's winner has had its training when stage 1 begins; here the linear layers start from nothing.
+    training = config.stage1.training.replace(steps=160)
+    return known(
+        config.replace(stage1=config.stage1.replace(init="teacher", training=training)), plan, recipe="tiny_distill"
+    )
+
+
+def jet_nemotron_2b_distill() -> RunConfig:
+    """Recipe `jet_nemotron_2b_distill`: Qwen2.5-1.5B to Jet-Nemotron-2B as published."""
+    return known(jet_nemotron_2b(), jet_nemotron_2b_model().layer_plan, recipe="jet_nemotron_2b_distill")
+
+
+def jet_nemotron_4b_distill() -> RunConfig:
+    """Recipe `jet_nemotron_4b_distill`: Qwen2.5-3B to Jet-Nemotron-4B as published."""
+    return known(jet_nemotron_4b(), jet_nemotron_4b_model().layer_plan, recipe="jet_nemotron_4b_distill")
+
+
+def known(config: RunConfig, plan: LayerPlan, *, recipe: str) -> RunConfig:
+    """The part of a recipe that follows the search, for a student with this layer plan.
+
+    Raises:
+        UserError: a bad plan entry, one whose mixer the recipe has no sizes for, or a stage 1 that continues a search.
+    """
+    stages = tuple(stage for stage in config.stages if stage not in SEARCH_STAGES)
+    return config.replace(recipe=recipe, stages=stages, student_plan=plan)
