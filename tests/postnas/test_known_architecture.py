@@ -66,7 +66,8 @@ def test_the_report_shows_what_there_is(ctx):
     assert report["complete"] and report["placement"] is None and report["final"]["plan"] == list(PLAN)
     assert [row["stage"] for row in report["stages"]] == ["prepare", "stage1", "stage2", "export", "evaluate"]
     page = (ctx.run_dir / "report.html").read_text()
-    assert "found by search" not in page and "Stage 1" in page
+    assert "is distilled into the layer plan that the recipe gives" in page and "Stage 1" in page
+    assert "found by search" not in page and "still being searched" not in page and 'id="placement"' not in page
 
 
 @pytest.mark.parametrize("stage", [name for name in RESULT_TYPES if name not in ("prepare", "report")])

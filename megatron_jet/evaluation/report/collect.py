@@ -37,6 +37,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
         "seed": config.seed,
         "dtype": config.dtype,
         "nproc": config.nproc,
+        "student_plan": list(config.student_plan) if config.student_plan is not None else None,
         "config_hash": hash_json(config.to_dict()),
         "complete": all(row["state"] == DONE for row in stages),
         "stages": stages,
