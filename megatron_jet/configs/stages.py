@@ -44,13 +44,21 @@ class ThroughputConfig(StrictModel):
 
     mode: Literal["measured", "analytic"] = "measured"
     contexts: tuple[int, ...] = (1024,)
-    batch_size: int = Field(default=1, gt=0)
+    batch_size: int = Field(
+        default=1, gt=0, description="sequences; on a GPU each model runs the largest batch up to this that fits"
+    )
     prefill_chunk: int = Field(default=2048, gt=0)
     new_tokens: int = Field(default=16, gt=0)
-    iterations: int = Field(default=5, gt=0)
-    warmup: int = Field(default=1, ge=0)
+    iterations: int = Field(default=6, gt=0, description="dropped ones included")
+    dropped: int = Field(default=1, ge=0, description="first iterations that do not count")
     decode: Literal["auto", "eager", "graph"] = Field(default="auto", description="auto: CUDA graphs on a GPU")
     tie: float = Field(default=0.03, ge=0, description="relative difference under which two throughputs count as equal")
+
+    @model_validator(mode="after")
+    def _something_counts(self) -> "ThroughputConfig":
+        if self.dropped >= self.iterations:
+            raise UserError(f"throughput: dropped={self.dropped} of iterations={self.iterations} leaves none")
+        return self
 
 
 class PlacementConfig(StrictModel):

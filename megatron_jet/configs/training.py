@@ -7,6 +7,11 @@ from pydantic import Field, model_validator
 from megatron_jet.configs.base import StrictModel
 from megatron_jet.configs.errors import UserError
 
+# Of the losses on logits (training/vocab_parallel.py), which the memory estimate counts: tokens per chunk, and how many
+# fp32 tensors [chunk, vocabulary] exist at the same time at most.
+LOGIT_CHUNK_TOKENS = 2048
+LOGIT_CHUNK_TENSORS = 10
+
 
 class ParallelConfig(StrictModel):
     """Layout of one model. The data-parallel size is world size / (tensor * pipeline)."""

@@ -79,6 +79,7 @@ class EvaluateStage:
             seconds=ctx.status.seconds - before,
             generation_tokens_per_second=speed.generation,
             prefill_tokens_per_second=speed.prefill,
+            extra={"batch_size": speed.batch_size},
         )
         return scores, measured
 

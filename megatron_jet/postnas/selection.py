@@ -120,6 +120,7 @@ class SelectionStage:
                 train_tokens_per_second=trained.tokens_per_second,
                 generation_tokens_per_second=speed and speed.generation,
                 prefill_tokens_per_second=speed and speed.prefill,
+                extra={"batch_size": speed.batch_size} if speed else {},
             ),
         )
 

@@ -196,7 +196,7 @@ def _with_cuda_type_names(function):
 
 
 def _patch_optimizers() -> None:
-    """Type-name checks of the optimisers, and two places where the distributed one expects Apex or TE Adam."""
+    """The optimisers look at the type names of tensors."""
     from megatron.core.optimizer import distrib_optimizer, optimizer
 
     mixed = optimizer.Float16OptimizerWithFloat16Params
@@ -205,29 +205,3 @@ def _patch_optimizers() -> None:
 
     distributed = distrib_optimizer.DistributedOptimizer
     distributed.__init__ = _with_cuda_type_names(distributed.__init__)
-    set_states = distributed._set_main_param_and_optimizer_states
-    load_state_dict = distributed.load_state_dict
-
-    @functools.wraps(set_states)
-    def set_states_without_step(self, model_param, tensors):
-        # torch's Adam keeps `step` per parameter, which the loader of fully reshardable states does not know.
-        group, order = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-        step = state.pop("step", None)
-        try:
-            return set_states(self, model_param, tensors)
-        finally:
-            if step is not None:
-                state["step"] = step
-
-    @functools.wraps(load_state_dict)
-    def load_with_own_steps(self, state_dict):
-        # The loader gives all parameters one shared `step` tensor, which Adam would advance once per parameter.
-        result = load_state_dict(self, state_dict)
-        for state in self.optimizer.state.values():
-            if torch.is_tensor(state.get("step")):
-                state["step"] = state["step"].clone()
-        return result
-
-    distributed._set_main_param_and_optimizer_states = set_states_without_step
-    distributed.load_state_dict = load_with_own_steps

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -138,7 +139,7 @@ class Optimizer:
 
         In a supernet they differ; train_state.py saves them one by one.
         """
-        states = [state for state in self.megatron.optimizer.state.values() if torch.is_tensor(state.get("step"))]
+        states = self._states_with_step()
         own = [state["step"] for state in states]
         highest = max((float(step) for step in own), default=0.0)
         for state in states:
@@ -149,12 +150,33 @@ class Optimizer:
             for state, step in zip(states, own):
                 state["step"] = step
 
-    def set_adam_steps(self, steps: dict[nn.Parameter, float | None]) -> None:
-        """Give every parameter its own step count back after loading."""
+    def load_state_dict(self, state: dict[str, Any], steps: dict[nn.Parameter, float | None]) -> None:
+        """Take over what Megatron's `sharded_state_dict` of the optimiser gave when it was saved.
+
+        torch's Adam keeps `step` per parameter, on any device, unless Transformer Engine or Apex is installed. The
+        distributed optimiser's loader does not expect it there (KeyError), and gives all parameters one shared tensor,
+        which Adam would advance once per parameter.
+
+        Args:
+            state: as loaded.
+            steps: Adam's step counts by parameter. One that is not among them (the copy of a tied embedding on the last
+                pipeline stage) gets the highest. Without effect where Adam keeps one count per group.
+        """
+        shards = state.pop("param_state", None)
+        self.megatron.load_state_dict(state)
+        states = self._states_with_step()
+        common = [own.pop("step") for own in states]
+        if shards is not None:
+            self.megatron.load_parameter_state_from_fully_reshardable(shards)
+        for own, step in zip(states, common):
+            own["step"] = step.clone()
         for parameter, step in steps.items():
-            state = self.state_of(parameter)
-            if step is not None and torch.is_tensor(state.get("step")):
-                state["step"] = torch.tensor(step)
+            own = self.state_of(parameter)
+            if step is not None and torch.is_tensor(own.get("step")):
+                own["step"].fill_(step)
+
+    def _states_with_step(self) -> list[dict[str, Tensor]]:
+        return [state for state in self.megatron.optimizer.state.values() if torch.is_tensor(state.get("step"))]
 
     def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """Adam's state of a parameter (with the distributed optimiser, of this rank's shard); {} if none is here."""

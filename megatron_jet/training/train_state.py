@@ -238,10 +238,8 @@ def _load_state(chunks, optimizer: Optimizer, path: Path, marker: dict) -> tuple
     if same_layout:
         wanted["rng"] = _rng_object(None)
     loaded = load_sharded(wanted, path)
-    optimizer.megatron.load_state_dict(loaded["optimizer"])
-    optimizer.set_adam_steps(
-        {parameter: loaded["adam_steps"].get(name) for name, parameter in named_parameters(chunks)}
-    )
+    steps = {parameter: loaded["adam_steps"].get(name) for name, parameter in named_parameters(chunks)}
+    optimizer.load_state_dict(loaded["optimizer"], steps)
     if same_layout:
         _set_rng_state(loaded["rng"])
     return Progress(**loaded["progress"]), loaded["data"]

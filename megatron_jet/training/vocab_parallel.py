@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
+from megatron_jet.configs.training import LOGIT_CHUNK_TOKENS
+
 
 @dataclass(frozen=True)
 class LogitLoss:
@@ -26,7 +28,7 @@ class LogitLoss:
     reverse: bool = False
     temperature: float = 1.0
     cross_entropy: float = 0.0
-    chunk_tokens: int = 2048
+    chunk_tokens: int = LOGIT_CHUNK_TOKENS
 
 
 def vocab_parallel_log_softmax(logits: Tensor, group: ProcessGroup | None = None) -> Tensor:

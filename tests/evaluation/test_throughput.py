@@ -19,7 +19,7 @@ from megatron_jet.evaluation.throughput.paper import paper_generation, paper_rat
 from megatron_jet.evaluation.throughput.protocol import rates, run_interleaved, schedule
 from megatron_jet.evaluation.throughput.roofline import Work, decode_work, predicted_cache_bytes, prefill_work
 from megatron_jet.evaluation.throughput.session import Load, Session, Timing
-from megatron_jet.evaluation.throughput.stages import measure_model
+from megatron_jet.evaluation.throughput.stages import fitting_run, measure_model
 
 CPU = torch.device("cpu")
 PLAIN = ModelConfig(
@@ -261,14 +261,37 @@ def test_a_hybrid_cache_is_made_for_hybrids_only():
 
 def test_stages_get_a_figure_per_context_and_a_clear_error():
     model = random_model(HYBRID, "fp32", CPU)
-    settings = ThroughputConfig(contexts=(16, 24), batch_size=2, prefill_chunk=8, new_tokens=2, iterations=2, warmup=1)
+    settings = ThroughputConfig(contexts=(16, 24), batch_size=2, prefill_chunk=8, new_tokens=2, iterations=3, dropped=1)
     speed = measure_model(model, settings)
     assert set(speed.generation) == set(speed.prefill) == {"16", "24"}
+    assert speed.batch_size == {"16": 2, "24": 2}
     assert all(value > 0 for value in [*speed.generation.values(), *speed.prefill.values()])
     with pytest.raises(UserError, match=r"throughput.contexts: 302 tokens .* 256 positions"):
         measure_model(model, settings.replace(contexts=(300,)))
     with pytest.raises(UserError, match="throughput.decode=graph: CUDA graphs need a GPU"):
         measure_model(model, settings.replace(decode="graph"))
+
+
+@pytest.mark.parametrize(("room", "batch"), [(128, 128), (100, 100), (32, 32), (1, 1), (0, None)])
+def test_a_stage_runs_the_largest_batch_that_fits(room, batch):
+    """A device with room for so many sequences; opening a session may promise a few too many."""
+
+    def run(load):
+        if load.batch_size > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return ["timing"]
+
+    found = fitting_run(Load(64, 128, 8, 2), run, lambda load: load.batch_size <= room)
+    assert (found is None) if batch is None else found[1] == ["timing"]
+    if batch is not None:
+        assert room * 15 / 16 <= found[0].batch_size <= room
+        assert fitting_run(Load(64, 128, 8, 2), run, lambda load: load.batch_size <= room + 3) is not None
+    with pytest.raises(RuntimeError, match="broken"):
+        fitting_run(Load(64, 4, 8, 2), lambda load: broken(), lambda load: True)
+
+
+def broken():
+    raise RuntimeError("a broken kernel")
 
 
 def test_the_paper_s_figures_stand_beside_its_own_models_only():

@@ -87,7 +87,7 @@ def _recipe(
 
     distill = LossConfig(feature=1.0, kl=1.0)
     generation = ThroughputConfig(
-        contexts=(65536,), batch_size=128, prefill_chunk=2048, new_tokens=128, iterations=10, warmup=3
+        contexts=(65536,), batch_size=128, prefill_chunk=2048, new_tokens=128, iterations=10, dropped=3
     )
     return RunConfig(
         recipe=name,

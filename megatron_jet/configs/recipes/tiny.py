@@ -41,7 +41,7 @@ def _training(steps: int, lr: float = 2e-3, trainable: tuple[str, ...] = LINEAR_
 
 def tiny() -> RunConfig:
     """Recipe `tiny`: every stage, real, at sizes that a laptop finishes while one watches."""
-    generation = ThroughputConfig(contexts=(2048,), batch_size=4, prefill_chunk=512, new_tokens=16, iterations=3)
+    generation = ThroughputConfig(contexts=(2048,), batch_size=4, prefill_chunk=512, new_tokens=16, iterations=4)
     return RunConfig(
         recipe="tiny",
         seed=0,
@@ -88,7 +88,7 @@ def tiny() -> RunConfig:
         evaluate=EvaluateConfig(
             eval=EvalConfig(samples=64),
             throughput=ThroughputConfig(
-                contexts=(1024, 4096, 8192), batch_size=1, prefill_chunk=512, new_tokens=16, iterations=3
+                contexts=(1024, 4096, 8192), batch_size=1, prefill_chunk=512, new_tokens=16, iterations=4
             ),
         ),
     )

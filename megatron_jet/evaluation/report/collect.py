@@ -141,7 +141,8 @@ def _comparison(result: EvaluateResult | None) -> dict[str, Any] | None:
         "measured": {
             name: _speeds(getattr(result.teacher_measured, name), getattr(result.final_measured, name))
             for name in ("generation_tokens_per_second", "prefill_tokens_per_second")
-        },
+        }
+        | {"batch_size": _batch_sizes(result.teacher_measured.extra, result.final_measured.extra)},
     }
 
 
@@ -159,6 +160,12 @@ def _speeds(teacher: dict[str, float] | None, final: dict[str, float] | None) ->
         return {}
     contexts = sorted(set(teacher) & set(final), key=int)
     return {c: {**_pair(teacher[c], final[c]), "ratio": final[c] / teacher[c]} for c in contexts}
+
+
+def _batch_sizes(teacher: dict[str, Any], final: dict[str, Any]) -> dict[str, Any]:
+    """Sequences at once, by context, where both models were timed."""
+    ours, theirs = final.get("batch_size", {}), teacher.get("batch_size", {})
+    return {c: _pair(theirs[c], ours[c]) for c in sorted(set(ours) & set(theirs), key=int)}
 
 
 def _selection(config: RunConfig, stage: str, result: StageResult | None) -> dict[str, Any] | None:
