@@ -9,6 +9,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / shelf) for shelf in (".", "kernels")]
 
+from megatron_jet.configs.command_line import output_file, run_tool  # noqa: E402
 from megatron_jet.configs.errors import UserError  # noqa: E402
 from megatron_jet.configs.files import write_json  # noqa: E402
 
@@ -34,7 +35,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", metavar="A,B", help=f"BxTxHxDKxDV (GPU: {GPU_SHAPES}; CPU: {CPU_SHAPES})")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the inputs (GPU: bf16, CPU: fp32)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
-    parser.add_argument("--output", metavar="FILE", help="write the result as JSON")
+    parser.add_argument("--output", type=output_file, metavar="FILE", help="write the result as JSON")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser.parse_args(arguments)
 
@@ -112,8 +113,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    sys.exit(run_tool(main))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / shelf) for shelf in (".", "kernels")]
 
+from megatron_jet.configs.command_line import output_file, positive, run_tool  # noqa: E402
 from megatron_jet.configs.errors import UserError  # noqa: E402
 from megatron_jet.configs.files import write_json  # noqa: E402
 from megatron_jet.configs.recipes.catalog import RECIPES, load_recipe  # noqa: E402
@@ -51,7 +52,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         metavar="X",
         help="of one device, for the utilisation (default: a measured matrix product)",
     )
-    parser.add_argument("--output", metavar="FILE", help="write the result as JSON")
+    parser.add_argument("--output", type=output_file, metavar="FILE", help="write the result as JSON")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     options = parser.parse_args(arguments)
     if not 0 <= options.drop < options.iterations:
@@ -59,14 +60,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     if options.peak_tflops is not None and not options.peak_tflops > 0:
         parser.error(f"--peak-tflops {options.peak_tflops} is not above 0")
     return options
-
-
-def positive(text: str) -> int:
-    """argparse type: a whole number above 0."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
 
 
 def table(result):
@@ -225,8 +218,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    sys.exit(run_tool(main))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_jet.configs.command_line import positive, run_tool  # noqa: E402
 from megatron_jet.configs.cost import model_cost  # noqa: E402
-from megatron_jet.configs.errors import UserError  # noqa: E402
 from megatron_jet.configs.estimate_text import model_text, run_text  # noqa: E402
 from megatron_jet.configs.files import read_json  # noqa: E402
 from megatron_jet.configs.hf_format import model_from_hf  # noqa: E402
@@ -50,14 +50,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     if not (options.peak_tflops > 0 and 0 < options.utilisation <= 1):
         parser.error("--peak-tflops must be above 0 and --utilisation between 0 and 1")
     return options
-
-
-def positive(text: str) -> int:
-    """argparse type: a whole number above 0."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
 
 
 def load_model(what: str) -> ModelConfig | None:
@@ -103,8 +95,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    sys.exit(run_tool(main))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / shelf) for shelf in (".", "kernels")]
 
-from megatron_jet.configs.errors import UserError  # noqa: E402
+from megatron_jet.configs.command_line import output_file, positive, run_tool  # noqa: E402
 from megatron_jet.configs.files import write_json  # noqa: E402
 from megatron_jet.evaluation.presets import PAPER_SCORES, PRESETS, find_preset  # noqa: E402
 
@@ -51,7 +51,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="compare with a file written here, with stages/evaluate/result.json of a run, or with the paper: "
         + ", ".join(f"paper:{name}" for name in PAPER_SCORES),
     )
-    parser.add_argument("--output", metavar="FILE", help="write the result as JSON")
+    parser.add_argument("--output", type=output_file, metavar="FILE", help="write the result as JSON")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--trust-remote-code", action="store_true", help="run modeling code that lies in HF_DIR")
     parser.add_argument("--allow-code", action="store_true", help="run programs the model writes, without a sandbox")
@@ -60,14 +60,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     if not options.tasks and not options.preset:
         parser.error("give --tasks, --preset or both")
     return options
-
-
-def positive(text: str) -> int:
-    """argparse type: a whole number above 0."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
 
 
 def data_directory(options: argparse.Namespace) -> str | None:
@@ -136,8 +128,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    sys.exit(run_tool(main))

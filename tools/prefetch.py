@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "launcher"), str(ROOT / "kernels")]
 
 from jet_launcher.prefetch import fetch, hub_download, needed  # noqa: E402
-from megatron_jet.configs.errors import UserError  # noqa: E402
+from megatron_jet.configs.command_line import run_tool  # noqa: E402
 from megatron_jet.configs.overrides import apply_overrides  # noqa: E402
 from megatron_jet.configs.recipes.catalog import load_recipe  # noqa: E402
 from megatron_jet.configs.teacher_source import expand_paths  # noqa: E402
@@ -45,23 +45,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--preset", nargs="+", metavar="NAME", default=[], help="also that of these, as in evaluate.py")
     options = parser.parse_args(arguments)
     tasks = [name.strip() for name in options.tasks.split(",") if name.strip()]
-    try:
-        items = needed(expand_paths(apply_overrides(load_recipe(options.recipe), options.overrides)))
-        if options.check:
-            left = [item for item in items if not item.present]
-            for item in items:
-                print(f"{item.what}: {item.path} {'is there' if item.present else 'is missing'}")
-        else:
-            left = fetch(items, hub_download, print)
-            if tasks or options.preset:
-                fetch_evaluation(tasks, options.preset)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    items = needed(expand_paths(apply_overrides(load_recipe(options.recipe), options.overrides)))
+    if options.check:
+        left = [item for item in items if not item.present]
+        for item in items:
+            print(f"{item.what}: {item.path} {'is there' if item.present else 'is missing'}")
+    else:
+        left = fetch(items, hub_download, print)
+        if tasks or options.preset:
+            fetch_evaluation(tasks, options.preset)
     if not items:
         print(f"{options.recipe} needs nothing from outside")
     return 1 if left else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

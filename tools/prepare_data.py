@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_jet.configs.errors import UserError  # noqa: E402
+from megatron_jet.configs.command_line import run_tool  # noqa: E402
 
 EXAMPLE = """example:
   python tools/prepare_data.py corpus/ questions.jsonl data/prepared --tokenizer models/Qwen2.5-1.5B
@@ -61,8 +61,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    sys.exit(run_tool(main))

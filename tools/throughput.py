@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / shelf) for shelf in (".", "kernels")]
 
-from megatron_jet.configs.errors import UserError  # noqa: E402
+from megatron_jet.configs.command_line import lengths, output_file, positive, run_tool  # noqa: E402
 from megatron_jet.configs.files import write_json  # noqa: E402
 from megatron_jet.configs.recipes.known_models import KNOWN_MODELS  # noqa: E402
 
@@ -53,8 +53,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--beyond-positions", action="store_true", help="allow contexts longer than the model's")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
-    parser.add_argument("--output", metavar="FILE", help="write the result as JSON, after every context")
-    parser.add_argument("--plot", metavar="FILE", help="draw it, as .svg, .png or .pdf")
+    parser.add_argument("--output", type=output_file, metavar="FILE", help="JSON, written after every context")
+    parser.add_argument("--plot", type=output_file, metavar="FILE", help="draw it, as .svg, .png or .pdf")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     options = parser.parse_args(arguments)
     if (options.hf_dir is None) == (options.random_weights is None):
@@ -69,19 +69,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         except (ValueError, argparse.ArgumentTypeError):
             parser.error(f"--batch-size {options.batch_size}: give a number above 0 or 'search'")
     return options
-
-
-def positive(text: str) -> int:
-    """argparse type: a whole number above 0."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
-
-
-def lengths(text: str) -> tuple[int, ...]:
-    """argparse type: numbers above 0, separated by commas."""
-    return tuple(positive(item) for item in text.split(","))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -142,8 +129,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    sys.exit(run_tool(main))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_jet.configs.errors import UserError  # noqa: E402
+from megatron_jet.configs.command_line import run_tool  # noqa: E402
 
 EXAMPLE = """example:
   OMP_NUM_THREADS=1 python tools/train_teacher.py runs/teacher --minutes 50
@@ -53,8 +53,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    sys.exit(run_tool(main))

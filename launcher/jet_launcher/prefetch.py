@@ -1,11 +1,11 @@
 """What a run needs that compute nodes without a network cannot fetch: teacher, tokenizer, data."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.files import read_json
 from megatron_jet.configs.run import RunConfig
 from megatron_jet.configs.teacher_source import BUNDLED
 
@@ -97,11 +97,13 @@ def refuse_missing(config: RunConfig) -> None:
 
 
 def _complete(path: Path, marker: str) -> bool:
-    """A directory with its marker file and, for a sharded model, all shards."""
+    """A directory with its marker file and, where that is a model's config, all of its weights."""
     if not (path / marker).is_file():
         return False
+    if marker != "config.json" or (path / "model.safetensors").is_file():
+        return True
     index = path / "model.safetensors.index.json"
     if not index.is_file():
-        return True
-    shards = set(json.loads(index.read_text())["weight_map"].values())
-    return all((path / shard).is_file() for shard in shards)
+        return False  # a download that stopped after the small files
+    shards = set(read_json(index).get("weight_map", {}).values())
+    return bool(shards) and all((path / shard).is_file() for shard in shards)

@@ -137,6 +137,7 @@ class Submitter:
         """A run of the stand-in: ("stage1,stage2", {"stage1": "crash@3"}, [overrides], cluster fields and options)."""
         teacher = self.folder / "teacher"
         write_json(teacher / "config.json", TEACHER)
+        (teacher / "model.safetensors").touch()  # the stand-in reads no weights
         spoken = ",".join(f"{target}={how}" for target, how in (behaviours or {}).items())
         more["env"] = {"STAND_IN": spoken, **more.get("env", {})}
         more = {"setup": [f"export PYTHONPATH={shlex.quote(str(HERE))}"], **more}
