@@ -16,7 +16,6 @@ from megatron_jet.configs.stages import STAGE_ORDER
 
 PENDING, RUNNING, DONE, FAILED, INTERRUPTED = "pending", "running", "done", "failed", "interrupted"
 KILLED = "killed"  # says running, but nobody is there any more
-STATES = (PENDING, RUNNING, DONE, FAILED, INTERRUPTED, KILLED)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def upstream_stages(config: RunConfig, stage: str) -> tuple[str, ...]:
         "export": ("prepare", *_search(config)[:1], final_stage(config)),
         "evaluate": ("prepare", final_stage(config), "export"),
         "report": (),
-    }[stage]
+    }.get(stage, ("prepare",))
     return tuple(name for name in found if name is not None)
 
 

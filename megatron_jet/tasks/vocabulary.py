@@ -13,7 +13,6 @@ CHOICE = 259  # opens a multiple-choice question
 QUESTION = 260  # ends the options; the entity asked about follows
 COPY = 261  # opens a copy sample
 ANSWER = 262  # the next token answers the question before it
-NUM_RESERVED = 1
 
 LETTERS = 264  # A B C D
 NUM_LETTERS = 4
