@@ -5,29 +5,42 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_jet.training.collectives import COLLECTIVE_TIMEOUT
 from megatron_jet.training.signals import SIGNALS, Interrupted
+
+# How long ranks wait for one that works alone: rank 0 times generation, converts a model, or checks files for all.
+PATIENCE = timedelta(hours=24)
+_WAITING: ContextVar[dist.ProcessGroup | None] = ContextVar("waiting", default=None)  # the group they wait in
 
 
 @contextmanager
 def world() -> Iterator[None]:
-    """Start torch.distributed when torchrun started several of us; a single process needs no world between layouts."""
+    """Start torch.distributed when torchrun started several of us; a single process needs no world between layouts.
+
+    Beside it, a group on gloo for `on_main` and `gather`. In NCCL, a rank that waits longer than its timeout aborts the
+    job, and whoever works alone may need longer; a rank that died ends the waiting at once.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         yield
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    waiting = _WAITING.set(dist.new_group(backend="gloo", timeout=PATIENCE))
     # Who took part, for whoever reads the logs of many nodes. One write: processes of a node share a log.
     print(f"rank {rank()} of {world_size()} on {socket.gethostname()} ({dist.get_backend()})\n", end="", flush=True)
     try:
         yield
     finally:
+        _WAITING.reset(waiting)
         dist.destroy_process_group()
 
 
@@ -49,7 +62,7 @@ def on_main[T](function: Callable[[], T]) -> T:
             outcome = [function(), None]
         except Exception as error:
             outcome = [None, error]
-    dist.broadcast_object_list(outcome, src=0)
+    dist.broadcast_object_list(outcome, src=0, group=_WAITING.get())
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
@@ -60,7 +73,7 @@ def gather[T](value: T) -> list[T]:
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_WAITING.get())
     return values
 
 

@@ -1,10 +1,13 @@
 """Small agreements between all ranks."""
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # of everything that ranks do together; a rank that is later counts as hung
 
 
 def any_rank(flag: bool) -> bool:

@@ -12,6 +12,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.training import ParallelConfig
+from megatron_jet.training.collectives import COLLECTIVE_TIMEOUT
 
 
 def init_parallel(
@@ -21,7 +22,7 @@ def init_parallel(
     store: dist.Store | None = None,
     rank: int | None = None,
     world_size: int | None = None,
-    timeout: timedelta = timedelta(minutes=30),
+    timeout: timedelta = COLLECTIVE_TIMEOUT,
 ) -> None:
     """Start torch.distributed (NCCL on GPUs, gloo on CPUs), Megatron's groups and the random generators.
 
@@ -76,10 +77,11 @@ def destroy_parallel() -> None:
 def parallel_session(parallel: ParallelConfig, seed: int) -> Iterator[None]:
     """`init_parallel` for the length of a block.
 
-    A torch.distributed world that was there before stays, so that a worker can go through several layouts; torchrun's
-    store cannot serve two worlds of one process after each other.
+    A torch.distributed world that was there before stays, with its groups, so that a worker can go through several
+    layouts; torchrun's store cannot serve two worlds of one process after each other.
     """
     own_world = not dist.is_initialized()
+    groups_before = [] if own_world else list(dist.distributed_c10d._world.pg_map)
     excepthook = sys.excepthook  # init_process_group wraps it anew each time, to print "[rank0]:" before every line
     init_parallel(parallel, seed)
     try:
@@ -90,5 +92,5 @@ def parallel_session(parallel: ParallelConfig, seed: int) -> Iterator[None]:
             destroy_parallel()
         else:
             parallel_state.destroy_model_parallel()  # forgets its groups but leaves them and their threads alive
-            for group in [g for g in dist.distributed_c10d._world.pg_map if g is not dist.group.WORLD]:
+            for group in [g for g in dist.distributed_c10d._world.pg_map if g not in groups_before]:
                 dist.destroy_process_group(group)
