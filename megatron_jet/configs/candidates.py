@@ -1,12 +1,30 @@
-"""Names of the candidates of selection stages. Each can be a job of its own: `run_stage RUN_DIR STAGE:NAME`."""
+"""The candidates of selection stages. Each can be a job of its own: `run_stage RUN_DIR STAGE:NAME`."""
 
 import re
+from dataclasses import dataclass
+from typing import Any
 
 from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.mixers.base import MixerConfig
 from megatron_jet.configs.run import RunConfig
+from megatron_jet.configs.stages import GridPoint
 
+STATIC = "_static"  # suffix of a mixer's ablation with a static convolution
 # A name is part of job names, file names and commands.
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A linear mixer with its sizes. An ablation is shown for comparison and cannot win."""
+
+    name: str
+    mixer: MixerConfig
+    ablation: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """What it is, whatever it is called."""
+        return {"kind": self.mixer.kind, "config": self.mixer.to_dict(), "ablation": self.ablation}
 
 
 def candidate_names(config: RunConfig, stage: str) -> tuple[str, ...]:
@@ -24,6 +42,31 @@ def candidate_names(config: RunConfig, stage: str) -> tuple[str, ...]:
         if not _NAME.fullmatch(name):
             raise UserError(f"{stage}: candidate '{name}' may hold letters, digits, '_', '.' and '-' only")
     return names
+
+
+def named_candidate(config: RunConfig, name: str) -> Candidate:
+    """A candidate by its name in the config's mixers; `jet_static` is JetBlock with a static convolution."""
+    mixer = config.mixers[name.removesuffix(STATIC)]
+    if not name.endswith(STATIC):
+        return Candidate(name, mixer)
+    if "static_kernel" not in type(mixer).model_fields:
+        raise UserError(f"candidate '{name}': only jet has a static variant")
+    return Candidate(name, mixer.replace(static_kernel=True), ablation=True)
+
+
+def resized_candidate(mixer: MixerConfig, point: GridPoint) -> Candidate:
+    """A point of the grid of the hardware search, as sizes of a mixer."""
+    sizes = {"num_heads": point.heads, "head_dim": point.d_k, "expand_v": point.d_v / point.d_k}
+    return Candidate(point.name, mixer.replace(**sizes))
+
+
+def candidate_recipe(config: RunConfig, stage: str, candidate: Candidate) -> dict[str, Any]:
+    """What of a config decides a candidate's result, given the placement. Of several with equal recipes, one trains."""
+    settings = config.stage(stage).to_dict()
+    return {
+        "candidate": candidate.to_dict(),
+        "settings": {key: settings[key] for key in ("training", "throughput", "eval", "init")},
+    }
 
 
 def split_target(target: str) -> tuple[str, str | None]:

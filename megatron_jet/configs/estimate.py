@@ -110,7 +110,7 @@ def _logit_bytes(model: ModelConfig, training: TrainingConfig, width: int) -> in
     A loss on features alone needs no logits.
     """
     loss = training.loss
-    if not (loss.kl or loss.cross_entropy):
+    if not loss.needs_logits:
         return 0
     tokens = training.seq_length * training.micro_batch_size
     whole = tokens * model.vocab_size * width
@@ -145,14 +145,20 @@ def _activation_bytes(
 
 def training_flops_per_token(model: ModelConfig, teacher: ModelConfig | None, training: TrainingConfig) -> float:
     """FLOPs that one trained token needs: forward, gradients of activations, gradients of what trains, the teacher's
-    forward. Recomputation is not counted (the usual definition of model FLOPs utilisation)."""
+    forward. Recomputation is not counted (the usual definition of model FLOPs utilisation). The heads work only where
+    the loss needs their logits."""
+    loss = training.loss
     cost = model_cost(model, training.seq_length)
-    forward = cost.flops_per_token
-    weight_gradients = forward * _trainable_share(model, cost, training.trainable)
-    teaching = (
-        model_cost(teacher, training.seq_length).flops_per_token if teacher and training.loss.needs_teacher else 0
-    )
+    forward = cost.flops_per_token - (0 if loss.needs_logits else _head_flops(model))
+    weight_gradients = cost.flops_per_token * _trainable_share(model, cost, training.trainable)
+    teaching = 0.0
+    if teacher and loss.needs_teacher:
+        teaching = model_cost(teacher, training.seq_length).flops_per_token - (0 if loss.kl else _head_flops(teacher))
     return 2 * forward + weight_gradients + teaching
+
+
+def _head_flops(model: ModelConfig) -> float:
+    return 2.0 * model.hidden_size * model.vocab_size
 
 
 def _trainable_share(model: ModelConfig, cost: ModelCost, patterns: tuple[str, ...]) -> float:

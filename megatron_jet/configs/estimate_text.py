@@ -90,7 +90,7 @@ def run_text(estimate: RunEstimate) -> str:
         rows.append(
             (
                 stage.stage,
-                str(stage.jobs),
+                jobs_text(stage.jobs, len(stage.runs)),
                 str(stage.gpus),
                 format_count(stage.tokens),
                 f"{stage.flops:.2e}",
@@ -108,6 +108,11 @@ def run_text(estimate: RunEstimate) -> str:
     if any(stage.stage in SEARCH_STAGES for stage in estimate.stages):
         note += " Placement is assumed uniform; costs depend on the budgets only."
     return table(header, rows) + "\n" + note
+
+
+def jobs_text(trained: int, candidates: int) -> str:
+    """`9`, or `8 + 1 reused` where equal candidates of an earlier stage spare training."""
+    return str(trained) if trained == candidates or not candidates else f"{trained} + {candidates - trained} reused"
 
 
 def _hours(hours: float) -> str:

@@ -1,6 +1,15 @@
 """What a whole run costs: tokens, FLOPs, GPU-hours, memory and disk of every stage, next to the paper's hours."""
 
+from dataclasses import dataclass
+
 from megatron_jet.configs.base import StrictModel
+from megatron_jet.configs.candidates import (
+    Candidate,
+    candidate_names,
+    candidate_recipe,
+    named_candidate,
+    resized_candidate,
+)
 from megatron_jet.configs.cost import model_cost
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.estimate import (
@@ -10,10 +19,12 @@ from megatron_jet.configs.estimate import (
     training_flops_per_token,
     training_memory,
 )
-from megatron_jet.configs.layer_plan import LayerPlan, hybrid_plan, linear_kinds, linear_layers, uniform_placement
+from megatron_jet.configs.files import canonical_json
+from megatron_jet.configs.layer_plan import LayerPlan, hybrid_plan, linear_kinds, uniform_placement
+from megatron_jet.configs.mixers.base import MixerConfig
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.run import RunConfig
-from megatron_jet.configs.stages import GridPoint, StageResources
+from megatron_jet.configs.stages import SELECTION_STAGES, StageResources
 from megatron_jet.configs.training import TrainingConfig
 
 H100_PEAK_TFLOPS = 989.0  # bf16, dense
@@ -21,11 +32,24 @@ DEFAULT_UTILISATION = 0.35
 KEPT_CHECKPOINTS = 3  # the last two and the best
 
 
+class JobEstimate(StrictModel):
+    """One training run of a stage. One that takes over an equal candidate's result costs nothing."""
+
+    name: str
+    tokens: int
+    flops: float
+    gpu_hours: float
+    checkpoint_bytes: int
+    reused_from: str | None = None
+
+
 class StageEstimate(StrictModel):
-    """One stage. Training runs of a stage are called jobs."""
+    """One stage. `jobs` counts the training runs that are really made; `disk_bytes` is what they leave if all run at
+    the same time."""
 
     stage: str
     jobs: int
+    runs: list[JobEstimate] = []
     tokens: int
     flops: float
     gpus: int
@@ -54,16 +78,15 @@ def planned_student(config: RunConfig, teacher: ModelConfig, mixer: str | None =
     """The hybrid that a run is heading for: `student_plan`, or budgets as in the config and a uniform placement.
 
     Nothing is searched yet then; costs depend on how many layers are full or windowed, not on which. The linear mixer
-    is the one that the hardware search resizes; before the search, that is the first candidate of new_block that is
-    not the plain baseline.
+    is `mixer`, or the one that the hardware search resizes; where the search is to find that, the last candidate of
+    new_block that can win.
 
     Raises:
         UserError: the budgets leave no linear layer, of which every later stage has something to train.
     """
     if config.student_plan is not None and mixer is None:
         return known_student(config, config.student_plan, teacher)
-    candidates = [name for name in config.new_block.candidates if not name.endswith("_static")]
-    mixer = mixer or config.hardware_search.mixer or candidates[-1]
+    mixer = mixer or _planned_mixer(config)
     budget = config.placement.budget
     full = uniform_placement(teacher.num_layers, budget, config.placement.uniform_phase)
     free = [i for i in range(teacher.num_layers) if i not in full]
@@ -74,6 +97,14 @@ def planned_student(config: RunConfig, teacher: ModelConfig, mixer: str | None =
         )
     windows = dict.fromkeys(free[: config.placement.swa_budget], config.placement.swa_window)
     return teacher.with_plan(hybrid_plan(teacher.num_layers, mixer, full, windows), dict(config.mixers))
+
+
+def _planned_mixer(config: RunConfig) -> str:
+    candidates = [named_candidate(config, name) for name in config.new_block.candidates]
+    eligible = [candidate.name for candidate in candidates if not candidate.ablation]
+    if not eligible:
+        raise UserError("new_block.candidates: all are ablations, which cannot win; add a mixer")
+    return config.hardware_search.mixer or eligible[-1]
 
 
 def known_student(config: RunConfig, plan: LayerPlan, teacher: ModelConfig) -> ModelConfig:
@@ -98,9 +129,9 @@ def estimate_run(
     """
     student = planned_student(config, teacher)
     rate = peak_tflops * 1e12 * utilisation
-    stages = [
-        _stage(config, name, jobs, teacher, student, rate) for name, jobs in _jobs(config, teacher, student).items()
-    ]
+    weights = WEIGHT_BYTES[config.dtype] * model_cost(teacher, 1).total_params
+    stages = [_files_only("prepare", weights)]
+    stages += [_stage(config, name, runs, teacher, rate) for name, runs in _runs(config, teacher, student).items()]
     export = model_cost(student, 1).total_params * WEIGHT_BYTES[config.export.dtype]
     stages.append(_files_only("export", export))
     return RunEstimate(
@@ -108,76 +139,101 @@ def estimate_run(
     )
 
 
-def _jobs(
-    config: RunConfig, teacher: ModelConfig, student: ModelConfig
-) -> dict[str, list[tuple[ModelConfig, TrainingConfig]]]:
-    """The training runs of each stage: which model, how long."""
-    training = {"stage1": [(student, config.stage1.training)], "stage2": [(student, config.stage2.training)]}
+@dataclass(frozen=True)
+class _Run:
+    """A training run: which model, how long, and the stage whose result it takes over instead."""
+
+    name: str
+    model: ModelConfig
+    training: TrainingConfig
+    reused_from: str | None = None
+
+
+def _runs(config: RunConfig, teacher: ModelConfig, student: ModelConfig) -> dict[str, list[_Run]]:
+    """The training runs of each stage."""
+    training = {name: [_Run("student", student, config.stage(name).training)] for name in ("stage1", "stage2")}
     if config.student_plan is not None:
         return training
-
-    def sized(name: str) -> ModelConfig:
-        return planned_student(config, teacher, name.removesuffix("_static"))
-
-    supernet = sized(config.placement.linear)
-    compared = config.placement.compare_training
-    search = config.hardware_search
-    resized = [_with_grid_point(student, point) for point in search.grid]
-    return {
-        "placement": [(supernet, config.placement.training)] + ([(supernet, compared)] * 2 if compared else []),
-        "block_selection": [
-            (sized(name), config.block_selection.training) for name in config.block_selection.candidates
-        ],
-        "new_block": [(sized(name), config.new_block.training) for name in config.new_block.candidates],
-        "hardware_search": [(model, search.training) for model in resized],
-        **training,
-    }
+    placement = config.placement
+    supernet = planned_student(config, teacher, placement.linear)
+    found = [_Run("supernet", supernet, placement.training)]
+    if placement.compare_training:
+        found += [_Run(f"compare_{name}", supernet, placement.compare_training) for name in ("learned", "uniform")]
+    return {"placement": found, **_selection_runs(config, student), **training}
 
 
-def _with_grid_point(student: ModelConfig, point: GridPoint) -> ModelConfig:
-    linear = linear_layers(student.layer_plan)
-    if not linear:
-        return student
-    kind = student.layer_plan[linear[0]]
-    sizes = {"num_heads": point.heads, "head_dim": point.d_k, "expand_v": point.d_v / point.d_k}
-    return student.with_plan(student.layer_plan, {kind: student.mixers[kind].replace(**sizes)})
+def _selection_runs(config: RunConfig, student: ModelConfig) -> dict[str, list[_Run]]:
+    """Candidates of the selection stages. One whose recipe an earlier stage has trained takes over its result."""
+    stages: dict[str, list[_Run]] = {}
+    trained: dict[str, str] = {}  # recipe -> stage
+    for stage in SELECTION_STAGES:
+        stages[stage], here = [], {}
+        for candidate in _candidates(config, stage):
+            recipe = canonical_json(candidate_recipe(config, stage, candidate))
+            model = _with_mixer(student, candidate.mixer)
+            stages[stage].append(_Run(candidate.name, model, config.stage(stage).training, trained.get(recipe)))
+            here[recipe] = stage
+        if stage in config.stages:
+            trained = here | trained
+    return stages
 
 
-def _stage(
-    config: RunConfig,
-    name: str,
-    jobs: list[tuple[ModelConfig, TrainingConfig]],
-    teacher: ModelConfig,
-    student: ModelConfig,
-    rate: float,
-) -> StageEstimate:
+def _candidates(config: RunConfig, stage: str) -> list[Candidate]:
+    if stage != "hardware_search":
+        return [named_candidate(config, name) for name in candidate_names(config, stage)]
+    mixer = config.mixers[_planned_mixer(config)]
+    return [resized_candidate(mixer, point) for point in config.hardware_search.grid]
+
+
+def _with_mixer(student: ModelConfig, mixer: MixerConfig) -> ModelConfig:
+    """The planned student with another mixer in its linear layers."""
+    kinds = linear_kinds(student.layer_plan)
+    plan = tuple(mixer.kind if entry in kinds else entry for entry in student.layer_plan)
+    return student.with_plan(plan, {mixer.kind: mixer})
+
+
+def _stage(config: RunConfig, name: str, runs: list[_Run], teacher: ModelConfig, rate: float) -> StageEstimate:
     resources: StageResources = config.stage(name).resources
     parallel = resources.parallel or config.parallel
     gpus = resources.nodes * config.nproc
-    flops = sum(training.tokens * training_flops_per_token(model, teacher, training) for model, training in jobs)
     # The supernet holds the teacher's attention and the linear path of every layer.
     extra = model_cost(teacher, 1).mixer_params if name == "placement" else 0
-    memories = [training_memory(model, teacher, training, parallel, config.dtype, gpus) for model, training in jobs]
+    jobs = [_job(run, teacher, rate, config.dtype, extra) for run in runs]
+    memories = [training_memory(run.model, teacher, run.training, parallel, config.dtype, gpus) for run in runs]
     memory = max(memories, key=lambda m: m.total)
-    disk = max(_checkpoint_bytes(model, training, config.dtype, extra) for model, training in jobs)
     return StageEstimate(
         stage=name,
-        jobs=len(jobs),
-        tokens=sum(training.tokens for _, training in jobs),
-        flops=flops,
+        jobs=sum(job.reused_from is None for job in jobs),
+        runs=jobs,
+        tokens=sum(job.tokens for job in jobs),
+        flops=sum(job.flops for job in jobs),
         gpus=gpus,
-        gpu_hours=flops / rate / 3600,
+        gpu_hours=sum(job.gpu_hours for job in jobs),
         paper_gpu_hours=resources.paper_gpu_hours,
         memory=memory.replace(weights=memory.weights + extra * WEIGHT_BYTES[config.dtype]),
-        disk_bytes=disk,
+        disk_bytes=sum(KEPT_CHECKPOINTS * job.checkpoint_bytes for job in jobs),
+    )
+
+
+def _job(run: _Run, teacher: ModelConfig, rate: float, dtype: str, extra_params: int) -> JobEstimate:
+    if run.reused_from is not None:
+        return JobEstimate(
+            name=run.name, tokens=0, flops=0.0, gpu_hours=0.0, checkpoint_bytes=0, reused_from=run.reused_from
+        )
+    flops = run.training.tokens * training_flops_per_token(run.model, teacher, run.training)
+    return JobEstimate(
+        name=run.name,
+        tokens=run.training.tokens,
+        flops=flops,
+        gpu_hours=flops / rate / 3600,
+        checkpoint_bytes=_checkpoint_bytes(run.model, run.training, dtype, extra_params),
     )
 
 
 def _checkpoint_bytes(model: ModelConfig, training: TrainingConfig, dtype: str, extra_params: int) -> int:
-    """Training checkpoints on disk: model weights in the training type, optimiser state of what trains in fp32."""
+    """A checkpoint on disk: model weights in the training type, optimiser state of what trains in fp32."""
     weights = (model_cost(model, 1).total_params + extra_params) * WEIGHT_BYTES[dtype]
-    optimizer = trainable_params(model, training.trainable) * 12
-    return KEPT_CHECKPOINTS * (weights + optimizer)
+    return weights + trainable_params(model, training.trainable) * 12
 
 
 def _files_only(stage: str, disk_bytes: int) -> StageEstimate:

@@ -10,7 +10,7 @@ from megatron_jet.configs.errors import UserError
 # Of the losses on logits (training/vocab_parallel.py), which the memory estimate counts: tokens per chunk, and how many
 # fp32 tensors [chunk, vocabulary] exist at the same time at most.
 LOGIT_CHUNK_TOKENS = 2048
-LOGIT_CHUNK_TENSORS = 10
+LOGIT_CHUNK_TENSORS = 12
 
 
 class ParallelConfig(StrictModel):
@@ -68,6 +68,11 @@ class LossConfig(StrictModel):
     @property
     def needs_teacher(self) -> bool:
         return self.feature > 0 or self.kl > 0
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the loss looks at the student's logits; one on features alone does not."""
+        return self.kl > 0 or self.cross_entropy > 0
 
     @model_validator(mode="after")
     def _some_term(self) -> "LossConfig":

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_jet.configs.candidates import candidate_names
+from megatron_jet.configs.candidates import (
+    Candidate,
+    candidate_names,
+    candidate_recipe,
+    named_candidate,
+    resized_candidate,
+)
 from megatron_jet.configs.cost import analytic_tokens_per_second, model_cost
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import hash_json, read_json, write_json
@@ -27,17 +33,6 @@ from megatron_jet.postnas.ranking import Ranking, rank_by_accuracy, rank_within_
 from megatron_jet.postnas.scoring import score_checkpoint
 from megatron_jet.postnas.stage import StageContext, clear_directory, common_inputs, persisted, read_model
 
-STATIC = "_static"  # suffix of a mixer's ablation with a static convolution
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A linear mixer with its sizes."""
-
-    name: str
-    mixer: MixerConfig
-    ablation: bool = False
-
 
 @dataclass(frozen=True)
 class SelectionStage:
@@ -51,7 +46,7 @@ class SelectionStage:
 
     def inputs(self, ctx: StageContext) -> dict[str, Any]:
         names = candidate_names(ctx.config, self.name)
-        candidates = {name: _plain(self.make(ctx, name)) for name in names}
+        candidates = {name: self.make(ctx, name).to_dict() for name in names}
         return common_inputs(ctx, self.name, "prepare", "placement") | {"candidates": candidates}
 
     def run(self, ctx: StageContext, inputs_hash: str) -> SelectionResult:
@@ -135,13 +130,10 @@ class SelectionStage:
 
     def _recipe(self, ctx: StageContext, candidate: Candidate) -> dict[str, Any]:
         """What decides a candidate's result."""
-        settings = ctx.config.stage(self.name)
-        placement = ctx.upstream("placement")
         return {
             **{key: value for key, value in common_inputs(ctx, self.name, "prepare").items() if key != "settings"},
-            "plan": placement["plan"],
-            "candidate": _plain(candidate),
-            "settings": {key: settings.to_dict()[key] for key in ("training", "throughput", "eval", "init")},
+            "plan": ctx.upstream("placement")["plan"],
+            **candidate_recipe(ctx.config, self.name, candidate),
         }
 
     def _job(self, ctx: StageContext, name: str) -> Path:
@@ -170,14 +162,9 @@ def candidate_model(ctx: StageContext, mixer: MixerConfig) -> ModelConfig:
     return ctx.teacher.with_plan(student_plan(plan, mixer.kind), {mixer.kind: mixer})
 
 
-def named_candidate(ctx: StageContext, name: str) -> Candidate:
-    """A candidate by its name in the config's mixers; `jet_static` is JetBlock with a static convolution."""
-    mixer = ctx.config.mixers[name.removesuffix(STATIC)]
-    if not name.endswith(STATIC):
-        return Candidate(name, mixer)
-    if "static_kernel" not in type(mixer).model_fields:
-        raise UserError(f"candidate '{name}': only jet has a static variant")
-    return Candidate(name, mixer.replace(static_kernel=True), ablation=True)
+def block_candidate(ctx: StageContext, name: str) -> Candidate:
+    """A candidate by its name in the config."""
+    return named_candidate(ctx.config, name)
 
 
 def grid_candidate(ctx: StageContext, name: str) -> Candidate:
@@ -185,8 +172,7 @@ def grid_candidate(ctx: StageContext, name: str) -> Candidate:
     settings = ctx.config.hardware_search
     point = next(point for point in settings.grid if point.name == name)
     mixer = ctx.config.mixers[settings.mixer] if settings.mixer else selected_mixer(ctx, before="hardware_search")
-    sizes = {"num_heads": point.heads, "head_dim": point.d_k, "expand_v": point.d_v / point.d_k}
-    return Candidate(name, mixer.replace(**sizes))
+    return resized_candidate(mixer, point)
 
 
 def selected_mixer(ctx: StageContext, before: str | None = None) -> MixerConfig:
@@ -213,12 +199,8 @@ def winner_checkpoint(ctx: StageContext) -> Path:
     return steps[-1]
 
 
-def _plain(candidate: Candidate) -> dict[str, Any]:
-    return {"kind": candidate.mixer.kind, "config": candidate.mixer.to_dict(), "ablation": candidate.ablation}
-
-
-BLOCK_SELECTION = SelectionStage("block_selection", (), named_candidate, rank_by_accuracy)
-NEW_BLOCK = SelectionStage("new_block", ("block_selection",), named_candidate, rank_by_accuracy)
+BLOCK_SELECTION = SelectionStage("block_selection", (), block_candidate, rank_by_accuracy)
+NEW_BLOCK = SelectionStage("new_block", ("block_selection",), block_candidate, rank_by_accuracy)
 HARDWARE_SEARCH = SelectionStage(
     "hardware_search", ("block_selection", "new_block"), grid_candidate, rank_within_throughput
 )

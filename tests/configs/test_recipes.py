@@ -9,7 +9,7 @@ from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.mixers.jet_block import JetBlockConfig
 from megatron_jet.configs.overrides import apply_overrides, dump_yaml, load_yaml, parse_value
 from megatron_jet.configs.recipes.catalog import RECIPES, load_recipe
-from megatron_jet.configs.recipes.jet_nemotron import jet_nemotron_2b
+from megatron_jet.configs.recipes.jet_nemotron import jet_nemotron_2b, jet_nemotron_4b
 from megatron_jet.configs.recipes.tiny import tiny
 from megatron_jet.configs.run import RunConfig
 from megatron_jet.configs.stages import STAGE_ORDER
@@ -34,6 +34,25 @@ def test_paper_recipe_holds_the_published_figures():
     hours = [config.stage(name).resources.paper_gpu_hours for name in STAGE_ORDER[1:7]]
     assert hours == [808, 3120, 624, 5616, 624, 7536]
     assert config.nproc * config.stage1.resources.nodes == 32
+
+
+@pytest.mark.parametrize("build", [jet_nemotron_2b, jet_nemotron_4b])
+def test_paper_recipes_fit_together(build):
+    """The published block is among the candidates and the grid; all candidates have its state; all stages are scored
+    on as many samples; the supernet mostly sees as many full layers as it is to place."""
+    config = build()
+    jet = config.mixers["jet"]
+    state = jet.num_heads * jet.head_dim * jet.head_v_dim
+    assert {point.state_size for point in config.hardware_search.grid} == {state}
+    assert f"{jet.head_dim}x{jet.head_v_dim}x{jet.num_heads}" in {point.name for point in config.hardware_search.grid}
+    for mixer in (config.mixers["gla"], config.mixers["gated_delta_net"]):
+        assert mixer.num_heads * mixer.head_dim * mixer.head_v_dim == state
+    scored = [stage for stage in STAGE_ORDER if hasattr(config.stage(stage), "eval")]
+    assert scored == [*STAGE_ORDER[1:7], "evaluate"]
+    assert {config.stage(stage).eval.samples for stage in scored} == {512}
+    weights = config.placement.full_layers
+    assert max(weights, key=weights.get) == config.placement.budget
+    assert sum(n * w for n, w in weights.items()) == config.placement.budget * sum(weights.values())
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_table_stands_next_to_the_papers_hours(paper):
     config, teacher = paper
     text = graph_text(build_graph(config, teacher, config.stages, BIG))
     rows = {line.split()[0]: line.split() for line in text.rpartition("\n\n")[2].splitlines()}
-    paper_hours = {stage: rows[stage][-1] for stage in rows if stage in config.stages}
+    paper_hours = {stage: rows[stage][-5] for stage in rows if stage in config.stages}  # then memory and disk
     assert paper_hours == {
         "placement": "808",
         "block_selection": "3,120",
@@ -61,6 +61,36 @@ def test_tokens_and_hours_are_those_of_the_estimate(paper):
             jobs = graph.of_stage(stage.stage)
             assert sum(job.gpu_hours or 0 for job in jobs) == pytest.approx(stage.gpu_hours)
             assert sum(job.tokens for job in jobs) == pytest.approx(stage.tokens, abs=len(jobs))
+
+
+def test_reused_candidates_are_shown_and_cost_nothing(paper):
+    config, teacher = paper
+    graph = build_graph(config, teacher, config.stages, BIG)
+    reused = {job.name: job.reused_from for job in graph.jobs if job.reused_from}
+    assert reused == {
+        "new_block-gated_delta_net": "block_selection",
+        "new_block-jet": "block_selection",
+        "hardware_search-96x256x12": "block_selection",
+    }
+    assert all((job.tokens, job.gpu_hours) == (0, 0) for job in graph.jobs if job.reused_from)
+    text = graph_text(graph)
+    assert "reused from block_selection" in text and "8 + 1 reused" in text and "0 + 2 reused" in text
+
+
+def test_times_that_do_not_fit_are_noted(paper):
+    """Checkpoints further apart than the time limit, and a warning too short to write one."""
+    config, teacher = paper
+    graph = build_graph(config, teacher, config.stages, BIG)
+    assert graph.notes == ()
+    between = [job.checkpoint_seconds for job in graph.jobs if job.checkpoint_seconds]
+    assert 600 < min(between) < max(between) < 1800, "every 10 to 30 minutes by the forecast"
+    sparse = apply_overrides(config, ["stage2.training.checkpoint_interval=10000"])
+    hasty = ClusterConfig(nodes=4, gpus_per_node=8, time_limit="04:00:00", early_warning_seconds=20)
+    graph = build_graph(sparse, teacher, config.stages, hasty)
+    assert len(graph.notes) == 2
+    assert "stage2: about 6.3 h between checkpoints, longer than time_limit=04:00:00" in graph.notes[0]
+    assert "stage2: a checkpoint has 25.6 GiB; at 1 GB/s, early_warning_seconds=20 is less than twice" in graph.notes[1]
+    assert all(f"note: {note}" in graph_text(graph) for note in graph.notes)
 
 
 def test_finished_jobs_are_left_out_and_nobody_waits_for_them(paper):
