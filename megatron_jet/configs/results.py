@@ -174,5 +174,9 @@ RESULT_TYPES: dict[str, type[StageResult]] = {
     "stage2": TrainStageResult,
     "export": ExportResult,
     "evaluate": EvaluateResult,
-    "report": StageResult,
 }
+
+
+def result_type(stage: str) -> type[StageResult]:
+    """What a stage's result.json holds; stages without a row above have nothing beyond `StageResult`."""
+    return RESULT_TYPES.get(stage, StageResult)

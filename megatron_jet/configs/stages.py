@@ -8,18 +8,21 @@ from megatron_jet.configs.base import StrictModel
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.training import ParallelConfig, TrainingConfig
 
-STAGE_ORDER = (
-    "prepare",
-    "placement",
-    "block_selection",
-    "new_block",
-    "hardware_search",
-    "stage1",
-    "stage2",
-    "export",
-    "evaluate",
-    "report",
-)
+# Every stage in the order of a run, and the object that does it (module:name), as text: the launcher reads this list
+# without torch. A new stage is its file and a line here.
+STAGES = {
+    "prepare": "megatron_jet.postnas.prepare:PREPARE",
+    "placement": "megatron_jet.postnas.placement:PLACEMENT",
+    "block_selection": "megatron_jet.postnas.selection:BLOCK_SELECTION",
+    "new_block": "megatron_jet.postnas.selection:NEW_BLOCK",
+    "hardware_search": "megatron_jet.postnas.selection:HARDWARE_SEARCH",
+    "stage1": "megatron_jet.postnas.training_stages:STAGE1",
+    "stage2": "megatron_jet.postnas.training_stages:STAGE2",
+    "export": "megatron_jet.postnas.export:EXPORT",
+    "evaluate": "megatron_jet.postnas.evaluate:EVALUATE",
+    "report": "megatron_jet.postnas.report:REPORT",
+}
+STAGE_ORDER = tuple(STAGES)
 SELECTION_STAGES = ("block_selection", "new_block", "hardware_search")
 SEARCH_STAGES = ("placement", *SELECTION_STAGES)
 

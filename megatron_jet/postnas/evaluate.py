@@ -103,3 +103,6 @@ def check_equal(final: Scores, megatron: Scores, tolerance: float) -> None:
 
 def _on_device(model: PreTrainedModel) -> PreTrainedModel:
     return model.to("cuda") if torch.cuda.is_available() else model
+
+
+EVALUATE = EvaluateStage()

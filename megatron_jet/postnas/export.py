@@ -26,7 +26,7 @@ from megatron_jet.training.checkpoint import load_model
 from megatron_jet.training.parallel import parallel_session
 
 LAUNCHER = "postnas.py"
-EXPORT = "export"  # folder in the run directory
+FOLDER = "export"  # folder in the run directory
 COMPARED_SEQUENCES = 4  # of each held-out set
 
 
@@ -42,7 +42,7 @@ class ExportStage:
     def run(self, ctx: StageContext, inputs_hash: str) -> ExportResult:
         trained: TrainStageResult = ctx.result(final_stage(ctx.config))
         model = ModelConfig.parse(trained.model_config_, "final model")
-        checkpoint, out = ctx.path(trained.checkpoint), ctx.run_dir / EXPORT
+        checkpoint, out = ctx.path(trained.checkpoint), ctx.run_dir / FOLDER
         ctx.status.phase("writing the Hugging Face directory")
         on_main(lambda: self._write(ctx, checkpoint, out, trained))
         ctx.status.phase("comparing logits with the Megatron model")
@@ -123,3 +123,6 @@ def launch_command(ctx: StageContext) -> str:
         at = rest.index("--output")
         del rest[at : at + 2]
     return shlex.join(["python", f"launcher/{LAUNCHER}", *(word for word in rest if not word.startswith("--output="))])
+
+
+EXPORT = ExportStage()

@@ -7,7 +7,7 @@ from typing import Any
 from megatron_jet.configs.candidates import candidate_names
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import hash_json, read_json, write_json
-from megatron_jet.configs.results import RESULT_TYPES, CandidateResult, StageResult
+from megatron_jet.configs.results import CandidateResult, StageResult, result_type
 from megatron_jet.postnas.catalog import stage_named
 from megatron_jet.postnas.processes import interruptible, on_main, rank
 from megatron_jet.postnas.stage import Stage, StageContext, clear_directory
@@ -69,7 +69,7 @@ def finished_result(directory: Path, name: str, digest: str) -> StageResult | No
     if not path.is_file():
         return None
     try:
-        result = RESULT_TYPES[name].parse(read_json(path), str(path))
+        result = result_type(name).parse(read_json(path), str(path))
     except UserError:
         return None  # written by another version: do the stage again
     return result if result.inputs_hash == digest else None

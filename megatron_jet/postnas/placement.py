@@ -12,11 +12,12 @@ from typing import Any
 from megatron_jet.configs.layer_plan import LayerPlan, hybrid_plan, uniform_phases, uniform_placement
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.results import ComparisonRow, Measured, PlacementResult, Scores
-from megatron_jet.data.index import split_sources
+from megatron_jet.data.checks import check_objectives, sources_of
+from megatron_jet.data.index import read_index
 from megatron_jet.postnas.beam import Placement
 from megatron_jet.postnas.jobs import Start, train_student
-from megatron_jet.postnas.placement_search import PlacementSearch, ScorePlans, SearchOutcome, check_objectives
-from megatron_jet.postnas.scoring import PlanScorer, ScoredPlans, plan_scorer, score_checkpoint
+from megatron_jet.postnas.placement_search import PlacementSearch, ScorePlans, SearchOutcome
+from megatron_jet.postnas.scoring import PlanScorer, ScoredPlans, check_eval_sets, plan_scorer, score_checkpoint
 from megatron_jet.postnas.stage import StageContext, common_inputs, persisted
 from megatron_jet.training.job import TrainResult
 from megatron_jet.training.sampling import PathSampling
@@ -34,7 +35,7 @@ class PlacementStage:
 
     def run(self, ctx: StageContext, inputs_hash: str) -> PlacementResult:
         settings = ctx.config.placement
-        check_objectives(settings, split_sources(ctx.data.path, ctx.data.search_split))
+        self._check_data(ctx)
         supernet = self._train_supernet(ctx)
         found = self._search(ctx, supernet)
         before = self._held_out(ctx, supernet, found.full)
@@ -66,6 +67,13 @@ class PlacementStage:
                 extra={"supernet_seconds": supernet.seconds},
             ),
         )
+
+    def _check_data(self, ctx: StageContext) -> None:
+        """Of what the search will be scored on, before the supernet is trained."""
+        settings, data = ctx.config.placement, ctx.data
+        check_objectives(settings, sources_of(read_index(data.path), data.search_split, data.path))
+        for split in (data.search_split, data.heldout_split):
+            check_eval_sets(ctx, split, settings.eval)
 
     def _train_supernet(self, ctx: StageContext) -> TrainResult:
         settings = ctx.config.placement
@@ -169,3 +177,6 @@ class PlacementStage:
         """The baseline, declared in the config before anything is seen."""
         settings = ctx.config.placement
         return uniform_placement(ctx.teacher.num_layers, settings.budget, settings.uniform_phase)
+
+
+PLACEMENT = PlacementStage()

@@ -7,10 +7,9 @@ from typing import Any
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import hash_file, hash_json
 from megatron_jet.configs.results import Measured, PrepareResult
-from megatron_jet.configs.run import RunConfig
-from megatron_jet.configs.stages import STAGE_ORDER
-from megatron_jet.configs.teacher_source import resolve_teacher
+from megatron_jet.configs.teacher_source import resolve_teacher, tokenizer_directory
 from megatron_jet.convert.hf_import import import_hf
+from megatron_jet.data.checks import check_data
 from megatron_jet.data.index import read_index
 from megatron_jet.data.prepare import prepare_bundled
 from megatron_jet.postnas.processes import on_main
@@ -29,7 +28,7 @@ class PrepareStage:
         data = ctx.config.data.path
         return {
             "teacher": hash_directory(resolve_teacher(ctx.config.teacher)),
-            "tokenizer": tokenizer_hash(tokenizer_directory(ctx)),
+            "tokenizer": tokenizer_hash(tokenizer_directory(ctx.config.teacher)),
             # The bundled data holds the standard library of whatever Python runs this.
             "data": [data, platform.python_version()] if data == BUNDLED_DATA else data_index_hash(Path(data)),
         }
@@ -43,8 +42,8 @@ class PrepareStage:
         ctx.status.phase("importing the teacher")
         model = import_hf(source, checkpoint, force=True)
         data = self._data(ctx)
-        sources = sorted(read_index(data).sources)
-        check_blends(ctx.config, sources)
+        index = read_index(data)
+        check_data(ctx.config, index, model, tokenizer_directory(ctx.config.teacher))
         return PrepareResult(
             stage=self.name,
             inputs_hash=inputs_hash,
@@ -55,7 +54,7 @@ class PrepareStage:
             tokenizer_path=ctx.config.teacher.tokenizer or ctx.config.teacher.path,
             teacher_hash=hash_directory(source),
             data_index_hash=data_index_hash(data),
-            sources=sources,
+            sources=sorted(index.sources),
             measured=Measured(seconds=ctx.status.seconds),
         )
 
@@ -65,28 +64,8 @@ class PrepareStage:
             return Path(ctx.config.data.path).resolve()
         out = ctx.run_dir / "prepared" / "data"
         ctx.status.phase("preparing data")
-        prepare_bundled(out, tokenizer_directory(ctx))
+        prepare_bundled(out, tokenizer_directory(ctx.config.teacher))
         return out
-
-
-def check_blends(config: RunConfig, sources: list[str]) -> None:
-    """Raise UserError for a source that the data do not have: stage 2 must not find out after days of stage 1."""
-    blends = {"data.blend": config.data.blend}
-    blends |= {f"{name}.blend": getattr(config.stage(name), "blend", None) for name in STAGE_ORDER}
-    for where, blend in blends.items():
-        for source in blend or {}:
-            if source not in sources:
-                raise UserError(f"{where}: the data have no source '{source}'; they have {', '.join(sources)}")
-
-
-def tokenizer_directory(ctx: StageContext) -> Path:
-    """Directory of the tokenizer: the teacher's unless another is given."""
-    given = ctx.config.teacher.tokenizer
-    if given is None or given.startswith("bundled:"):
-        return resolve_teacher(ctx.config.teacher)
-    if not Path(given).is_dir():
-        raise UserError(f"teacher.tokenizer={given}: no such directory")
-    return Path(given)
 
 
 def hash_directory(directory: Path) -> str:
@@ -107,3 +86,6 @@ def data_index_hash(directory: Path) -> str:
             f"data.path={directory}: no index.json there; prepare it with tools/prepare_data.py, or use 'bundled'"
         )
     return hash_file(directory / "index.json")
+
+
+PREPARE = PrepareStage()

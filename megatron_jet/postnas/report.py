@@ -23,3 +23,6 @@ class ReportStage:
     def run(self, ctx: StageContext, inputs_hash: str) -> StageResult:
         on_main(lambda: build_report(ctx.run_dir))
         return StageResult(stage=self.name, inputs_hash=inputs_hash, measured=Measured(seconds=ctx.status.seconds))
+
+
+REPORT = ReportStage()

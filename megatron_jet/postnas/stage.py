@@ -10,7 +10,7 @@ from megatron_jet.configs.base import StrictModel
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import read_json, write_json
 from megatron_jet.configs.model import ModelConfig
-from megatron_jet.configs.results import RESULT_TYPES, PrepareResult, StageResult
+from megatron_jet.configs.results import PrepareResult, StageResult, result_type
 from megatron_jet.configs.run import RunConfig
 from megatron_jet.configs.training import DataConfig, ParallelConfig
 from megatron_jet.postnas.processes import on_main
@@ -39,7 +39,7 @@ class StageContext:
         path = self.stage_dir(stage) / "result.json"
         if not path.is_file():
             raise UserError(f"stage '{stage}' has not finished in {self.run_dir}; run it first (--stages {stage})")
-        return RESULT_TYPES[stage].parse(read_json(path), str(path))
+        return result_type(stage).parse(read_json(path), str(path))
 
     def upstream(self, stage: str) -> dict[str, Any]:
         """A finished stage's result as input of another: everything but clock figures."""

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import SCHEMA_VERSION, hash_json, read_json
 from megatron_jet.configs.overrides import load_yaml
-from megatron_jet.configs.results import RESULT_TYPES, EvaluateResult, Scores, StageResult
+from megatron_jet.configs.results import EvaluateResult, Scores, StageResult, result_type
 from megatron_jet.configs.run import RunConfig
 from megatron_jet.configs.stages import SELECTION_STAGES, STAGE_ORDER
 from megatron_jet.evaluation.report.curves import read_curves
@@ -68,7 +68,7 @@ def read_results(run_dir: Path) -> dict[str, StageResult]:
     for stage in STAGE_ORDER:
         path = run_dir / "stages" / stage / "result.json"
         if path.is_file():
-            results[stage] = RESULT_TYPES[stage].parse(read_json(path), str(path))
+            results[stage] = result_type(stage).parse(read_json(path), str(path))
     return results
 
 

@@ -56,7 +56,8 @@ def render(report: dict[str, Any]) -> str:
         "ratio": ratio_text,
         "layer_name": layer_name,
     }
-    environment.globals |= {"candidate_speed": candidate_speed, "stage_titles": STAGE_TITLES}
+    titles = {row["stage"]: row["stage"].replace("_", " ").capitalize() for row in report["stages"]} | STAGE_TITLES
+    environment.globals |= {"candidate_speed": candidate_speed, "stage_titles": titles}
     page = environment.get_template("page.html.j2")
     return page.render(
         report=report,
