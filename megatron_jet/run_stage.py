@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from megatron_jet.configs.candidates import split_target
+from megatron_jet.configs.environment import trains_delta_rule
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.overrides import load_yaml
 from megatron_jet.configs.run import RunConfig
@@ -43,6 +44,7 @@ def run_targets(run_dir: Path, config: RunConfig, targets: list[tuple[str, str |
     from megatron_jet.training import cpu_backend
 
     cpu_backend.install()  # before anything imports Megatron
+    check_kernels(config, [stage for stage, _ in targets])
     from megatron_jet.postnas.pipeline import run_candidate, run_stage
     from megatron_jet.postnas.processes import world
     from megatron_jet.postnas.stage import StageContext
@@ -63,6 +65,22 @@ def run_targets(run_dir: Path, config: RunConfig, targets: list[tuple[str, str |
         print(f"interrupted: {error}", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
+
+
+def check_kernels(config: RunConfig, stages: list[str]) -> None:
+    """Raise UserError where stages of this run cannot train on this GPU. Some would find out after days only."""
+    import torch
+
+    from jet_kernels import dispatch
+
+    if not torch.cuda.is_available() or not trains_delta_rule(config):
+        return
+    if not any(hasattr(config.stage(stage), "training") for stage in stages):
+        return
+    try:
+        dispatch.check_training("chunk_gated_delta_rule", torch.device("cuda"))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -151,6 +151,10 @@ postnas_preflight() {
         srun --output="$POSTNAS_PREFLIGHT_DIR/log.txt" "${postnas_srun[@]}" --wait=0 \
         bash "$POSTNAS_STEP_SCRIPT"
     failed=$?
+    if [ -s "$POSTNAS_PREFLIGHT_DIR/all.unfit" ]; then   # another node would not help
+        postnas_note preflight 2 "$(head -n 1 "$POSTNAS_PREFLIGHT_DIR/all.unfit")"
+        postnas_give_up 2 "preflight: $(head -n 1 "$POSTNAS_PREFLIGHT_DIR/all.unfit")"
+    fi
     postnas_judge_nodes
     if [ -z "$POSTNAS_BAD_NODES" ] && [ "$failed" = 0 ]; then return 0; fi
     if [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" != RUNNING ]; then exit 75; fi

@@ -1,12 +1,13 @@
 """Checks at the start of an allocation, run by every process of the job: `preflight.py NODE`, configured by POSTNAS_*.
 
 First, one process per node looks at its node (Python and packages, disk, GPUs, the site's own check) and writes
-NODE.bad if something is wrong. Nodes find each other through these files, which tests the shared file system, and then
-over TCP. At last all processes meet for an all-reduce, which has to reach a bandwidth; if it does not, pairs of nodes
-are measured and the slow node is named. A node that is well writes NODE.ok. slurm/job.sh reads these files, excludes
-the bad nodes and queues the job again.
+NODE.bad if something is wrong. Packages that are the same everywhere and cannot run the project are nobody's fault:
+all.unfit says so, and the job ends. Nodes find each other through these files, which tests the shared file system, and
+then over TCP. At last all processes meet for an all-reduce, which has to reach a bandwidth; if it does not, pairs of
+nodes are measured and the slow node is named. A node that is well writes NODE.ok. slurm/job.sh reads these files,
+excludes the bad nodes and queues the job again.
 
-Needs the standard library only, and torch where a bandwidth is asked for.
+Needs the standard library only until the nodes have found each other, then the packages that the stage needs, too.
 """
 
 import os
@@ -25,10 +26,15 @@ REPORTED_PACKAGES = ("torch", "megatron-core", "transformers", "triton", "transf
 MESSAGE_BYTES = {"nccl": 256 << 20, "gloo": 1 << 20}
 POLL_SECONDS = 0.2
 REACH_SECONDS = 30.0
+EXIT_UNFIT = 2
 
 
 class Bad(Exception):
     """This node is not fit for work. The message says why."""
+
+
+class Unfit(Exception):
+    """The container or virtual environment cannot run the stage, on any node. The message says why."""
 
 
 class Job:
@@ -66,7 +72,7 @@ class Job:
     def wait_for_all(self, kind: str) -> bool:
         """Whether all nodes have written their NODE.kind before the deadline, and none is bad."""
         while True:
-            if any(self.directory.glob("*.bad")):
+            if any(self.directory.glob("*.bad")) or any(self.directory.glob("*.unfit")):
                 return False
             if len(list(self.directory.glob(f"*.{kind}"))) >= self.nodes:
                 return True
@@ -131,6 +137,30 @@ def check_versions(job: Job) -> None:
     common = max(values, key=values.count)
     if lines[job.node] != common:
         raise Bad(f"runs {lines[job.node]}, other nodes {common}")
+
+
+def check_environment(job: Job) -> None:
+    """The packages can run this run's stages. The same on all nodes, since their versions are. Raises Unfit."""
+    try:
+        from megatron_jet.configs.environment import run_problem
+        from megatron_jet.configs.errors import UserError
+    except ImportError as error:
+        raise Unfit(f"{error}; install the project's extras 'train,eval,gpu' where the job runs") from None
+    try:
+        problem = run_problem(job.run_dir, compute_capability(job), os.environ.get("JET_KERNELS", "auto"))
+    except UserError as error:
+        problem = str(error)
+    if problem:
+        raise Unfit(problem)
+
+
+def compute_capability(job: Job) -> str | None:
+    """Of the first GPU, "9.0" for example; None without GPUs, or where nvidia-smi is too old to tell."""
+    if not job.gpus:
+        return None
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=min(60.0, job.left))
+    return done.stdout.split()[0] if done.returncode == 0 and done.stdout.strip() else None
 
 
 def check_reach(job: Job) -> None:
@@ -227,7 +257,7 @@ def best_pair(job: Job, dist, torch, device, size: int) -> float:
 
 
 def main() -> int:
-    """Exit code 0: this node is well and so are the others."""
+    """Exit code 0: this node is well and so are the others; 2: the environment is to blame; 1: something else."""
     job = Job(sys.argv[1], dict(os.environ))
     leader = job.local_rank == 0
     try:
@@ -240,6 +270,7 @@ def main() -> int:
             return 1  # somebody else is bad; this node says nothing against itself
         if leader:
             check_versions(job)
+            check_environment(job)
             check_reach(job)
             job.mark("ready")
         if not job.wait_for_all("ready"):
@@ -250,6 +281,10 @@ def main() -> int:
         print(f"{job.node}: {problem}", file=sys.stderr, flush=True)
         job.mark("bad", str(problem))
         return 1
+    except Unfit as problem:
+        print(f"all nodes: {problem}", file=sys.stderr, flush=True)
+        job.mark("unfit", str(problem), "all")
+        return EXIT_UNFIT
     except Exception as error:
         # Everybody sees a failed collective; whoever could not be reached is the one that leaves no word.
         print(f"{job.node}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)

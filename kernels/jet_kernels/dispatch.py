@@ -155,6 +155,16 @@ def backend(operation: str, device: torch.device) -> str:
     return _choose(operation, device.type, os.environ.get("JET_KERNELS", "auto"))
 
 
+def check_training(operation: str, device: torch.device) -> None:
+    """Find out before a training run whether an operation and its backward can run on a device.
+
+    Raises:
+        ValueError, RuntimeError: as `backend` does; or the installed Triton miscompiles the backward on this GPU.
+    """
+    if backend(operation, device) == "fla" and operation == "chunk_gated_delta_rule":
+        fla_backend.check_triton_for_backward()
+
+
 def fast_backend(operation: str) -> str:
     """The backend of an operation on a GPU, whether or not it can run here."""
     return _ON_GPU[operation]

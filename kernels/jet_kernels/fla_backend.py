@@ -18,7 +18,7 @@ def chunk_gated_delta_rule(
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule as kernel
 
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, g, beta)):
-        _check_triton_for_backward()
+        check_triton_for_backward()
     o, state = kernel(
         q,
         k,
@@ -123,11 +123,14 @@ def l2_normalize(x, eps=1e-6):
     return kernel(x, eps)
 
 
-def _check_triton_for_backward() -> None:
-    """Refuses before the forward what fla refuses in the backward, and names every way out.
+def check_triton_for_backward() -> None:
+    """Refuse before the forward what fla refuses in the backward of the gated delta rule, and name every way out.
 
     Triton 3.4 to 3.7.0 miscompiles a backward kernel on Hopper
     (github.com/fla-org/flash-linear-attention, issue 640).
+
+    Raises:
+        RuntimeError: this Triton on this GPU.
     """
     from fla.utils import IS_NVIDIA_HOPPER, TRITON_ABOVE_3_4_0, TRITON_ABOVE_3_7_1
 
@@ -135,7 +138,7 @@ def _check_triton_for_backward() -> None:
     if miscompiles and importlib.util.find_spec("tilelang") is None:
         raise RuntimeError(
             "the gated delta rule cannot train on this GPU with this Triton (3.4 to 3.7.0 miscompiles it on Hopper): "
-            "install triton>=3.7.1 or tilelang, or set JET_KERNELS=auto,chunk_gated_delta_rule=reference (slower)"
+            "pip install tilelang, use triton>=3.7.1, or set JET_KERNELS=auto,chunk_gated_delta_rule=reference (slower)"
         )
 
 

@@ -8,7 +8,6 @@ machine with a GPU. Every patch was found by ablation (pipeline + DDP + distribu
 
 import contextlib
 import functools
-import importlib.metadata
 import logging
 import warnings
 
@@ -16,21 +15,23 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
+from megatron_jet.configs.environment import megatron_problem
 from megatron_jet.configs.errors import UserError
 
-SUPPORTED_MEGATRON = "0.19.2"
 _MARK = "_megatron_jet_cpu"
 
 
 def install() -> None:
-    """Make Megatron usable on this machine. Idempotent; does nothing when CUDA is available.
+    """Check Megatron's version and make it usable on this machine. Idempotent; patches nothing when CUDA is available.
 
     Raises:
         UserError: megatron-core is missing or is not the version whose internals were checked.
     """
+    problem = megatron_problem()
+    if problem is not None:
+        raise UserError(problem)
     if torch.cuda.is_available() or getattr(torch.cuda, _MARK, False):
         return
-    check_megatron_version()
     setattr(torch.cuda, _MARK, True)
     # True, and of no use to somebody on a CPU.
     warnings.filterwarnings("ignore", message="(Transformer Engine and )?Apex (is|are) not installed")
@@ -43,16 +44,6 @@ def install() -> None:
     _patch_jit()
     _patch_rng()
     _patch_optimizers()
-
-
-def check_megatron_version() -> None:
-    """Raise UserError unless the installed megatron-core is the version this file was written against."""
-    try:
-        found = importlib.metadata.version("megatron-core")
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError("megatron-core is not installed; install this project with the 'train' extra") from None
-    if found != SUPPORTED_MEGATRON:
-        raise UserError(f"megatron-core {found} is installed, but CPU support needs {SUPPORTED_MEGATRON}")
 
 
 def _patch_current_device() -> None:

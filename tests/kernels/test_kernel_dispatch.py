@@ -76,6 +76,21 @@ def test_missing_packages_are_errors_with_a_fix(packages):
     assert dispatch.backend("chunk_gla", CPU) == "reference"
 
 
+def test_training_is_checked_before_it_begins(packages, monkeypatch):
+    from jet_kernels import fla_backend
+
+    def refuse() -> None:
+        raise RuntimeError("cannot train")
+
+    monkeypatch.setattr(fla_backend, "check_triton_for_backward", refuse)
+    dispatch.check_training("chunk_gated_delta_rule", CPU)
+    dispatch.check_training("chunk_gla", CUDA)
+    with pytest.raises(RuntimeError, match="cannot train"):
+        dispatch.check_training("chunk_gated_delta_rule", CUDA)
+    monkeypatch.setenv("JET_KERNELS", "auto,chunk_gated_delta_rule=reference")
+    dispatch.check_training("chunk_gated_delta_rule", CUDA)
+
+
 def test_choice_is_logged_once(packages, caplog):
     with caplog.at_level(logging.INFO, logger="jet_kernels.dispatch"):
         for _ in range(3):

@@ -223,6 +223,14 @@ def test_preflight_failures_have_a_limit(slurm):
     assert not slurm.requeued
 
 
+def test_packages_that_cannot_work_end_the_job_without_blaming_a_node(slurm):
+    marks = preflight("n1.ok:", "n2.ok:", "all.unfit:megatron-core 0.15.0 is installed") + "; exit 2"
+    done = slurm.attempt(0, 0, POSTNAS_PREFLIGHT="1", FAKE_SRUN=marks)
+    assert done.returncode == 2
+    assert "giving up: preflight: megatron-core 0.15.0 is installed" in done.stdout
+    assert not slurm.requeued and "ExcNodeList" not in slurm.calls
+
+
 def test_good_preflight_lets_the_stage_start(slurm):
     done = slurm.attempt(0, 0, POSTNAS_PREFLIGHT="1", FAKE_SRUN=preflight("n1.ok:", "n2.ok:"))
     assert done.returncode == 0, done.stdout

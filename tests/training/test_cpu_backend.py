@@ -16,8 +16,16 @@ from megatron_jet.training.parallel import destroy_parallel, init_parallel
 
 def test_another_megatron_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.20.0")
-    with pytest.raises(UserError, match="megatron-core 0.20.0 is installed, but CPU support needs 0.19.2"):
-        cpu_backend.check_megatron_version()
+    with pytest.raises(UserError, match="megatron-core 0.20.0 is installed, 0.19.2 is needed"):
+        cpu_backend.install()
+
+
+def test_another_megatron_is_refused_on_a_gpu_too(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    cpu_backend.install()
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.20.0")
+    with pytest.raises(UserError, match="0.19.2 is needed"):
+        cpu_backend.install()
 
 
 def test_a_missing_megatron_is_refused(monkeypatch):
@@ -26,7 +34,7 @@ def test_a_missing_megatron_is_refused(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
     with pytest.raises(UserError, match="not installed"):
-        cpu_backend.check_megatron_version()
+        cpu_backend.install()
 
 
 def test_installing_twice_changes_nothing():
