@@ -16,7 +16,9 @@ MAY_IMPORT = {
     "jet_kernels": (),
     "mixers": ("jet_kernels", "configs"),
     "model": ("mixers",),
-    "data": ("configs", "tasks"),  # shards of the synthetic tasks
+    "data": ("configs", "tasks", "data.index", "data.checks"),  # shards of the synthetic tasks
+    "data.index": ("configs",),
+    "data.checks": ("configs", "data.index"),  # before a run starts, without torch
     "tasks": ("configs",),
     "tasks.evalset": ("tasks", "data"),  # reads its sequences from shards
     "training": ("model", "data"),
@@ -27,11 +29,13 @@ MAY_IMPORT = {
     "postnas": ("training", "convert", "evaluation"),
     "run_stage": ("postnas",),
     "teacher": ("training", "convert", "evaluation"),
-    "jet_launcher": ("configs",),
+    "jet_launcher": ("configs", "data.index", "data.checks"),
 }
 # Third-party packages that some packages must do with.
 ONLY_THIRD_PARTY = {
     "configs": {"pydantic", "pydantic_core", "yaml"},
+    "data.index": {"pydantic"},
+    "data.checks": set(),
     "jet_kernels": {"torch", "triton", "fla"},
     "convert.hf": {"torch", "transformers", "huggingface_hub", "fla"},
     "jet_launcher": {"pydantic", "yaml", "typer", "rich", "numpy", "nemo_run", "huggingface_hub"},

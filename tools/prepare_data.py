@@ -18,6 +18,7 @@ EXAMPLE = """example:
 jsonl lines are {"text": ...} or {"prompt": ..., "answer": ...}; of the latter only the answer counts as a target.
 NAME=PATH makes a source of that name (and NAME_qa of lines with answers), which recipes blend by name; without a
 name the sources are text and qa.
+Samples with answers are never cut, so take --seq-length no longer than training.seq_length of the recipe.
 Documents go to train (90%), search and heldout (5% each) by a hash of their path and line."""
 
 
@@ -29,7 +30,13 @@ def main(argv: list[str] | None = None) -> int:
     about = "input files and folders, plain or as NAME=PATH, then the output"
     parser.add_argument("paths", nargs="+", metavar="INPUT... OUT_DIR", help=about)
     parser.add_argument("--tokenizer", required=True, type=Path, metavar="HF_DIR")
-    parser.add_argument("--seq-length", type=int, default=256, help="tokens of synthetic and evaluation sequences")
+    parser.add_argument(
+        "--seq-length",
+        type=int,
+        metavar="N",
+        help="tokens of evaluation sequences; longer samples with answers are left out (4096; with --stdlib or "
+        "--synthetic 256, the length of those samples, too)",
+    )
     parser.add_argument("--stdlib", action="store_true", help="add the Python standard library's source")
     parser.add_argument("--synthetic", default="", metavar="TASKS", help="comma-separated: recall, choice, copy")
     parser.add_argument("--synthetic-samples", type=int, default=4000, metavar="N", help="training samples per task")
@@ -42,10 +49,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("nothing to prepare: give an input before OUT_DIR, or --stdlib, or --synthetic")
     from megatron_jet.data.prepare import BUNDLED_SAMPLES, BUNDLED_TEXT_BYTES, Request, prepare
 
+    own = args.stdlib or tasks
     request = Request(
         inputs=tuple(inputs),
         tokenizer=args.tokenizer,
-        seq_length=args.seq_length,
+        seq_length=args.seq_length if args.seq_length is not None else 256 if own else 4096,
         stdlib_bytes=BUNDLED_TEXT_BYTES if args.stdlib else None,
         synthetic=tasks,
         samples=BUNDLED_SAMPLES | {"train": args.synthetic_samples},

@@ -7,7 +7,9 @@ from jet_launcher.forecast import check_layout
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.run import RunConfig
-from megatron_jet.configs.teacher_source import resolve_teacher, teacher_model
+from megatron_jet.configs.teacher_source import resolve_teacher, teacher_model, tokenizer_directory
+from megatron_jet.data.checks import check_data
+from megatron_jet.data.index import read_index
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,14 @@ class LaunchOptions:
 
 
 def check_inputs(config: RunConfig) -> ModelConfig:
-    """Shape of the teacher, after checking that teacher, data and layout fit. Raises UserError."""
+    """Shape of the teacher, after checking that teacher, data and layout fit, and that the data have what every stage
+    of the config reads: a job must not find out after days of training. Raises UserError."""
     resolve_teacher(config.teacher)
     teacher = teacher_model(config.teacher)
-    data = Path(config.data.path)
-    if config.data.path != "bundled" and not (data / "index.json").is_file():
-        raise UserError(f"data.path={data}: no index.json there; make it with tools/prepare_data.py")
     check_layout(config, teacher)
+    if config.data.path != "bundled":
+        if not (Path(config.data.path) / "index.json").is_file():
+            raise UserError(f"data.path={config.data.path}: no index.json there; make it with tools/prepare_data.py")
+        tokenizer = tokenizer_directory(config.teacher)
+        check_data(config, read_index(config.data.path), teacher, tokenizer)
     return teacher

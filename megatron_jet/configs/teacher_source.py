@@ -59,6 +59,17 @@ def resolve_teacher(teacher: TeacherConfig) -> Path:
     return path
 
 
+def tokenizer_directory(teacher: TeacherConfig) -> Path:
+    """Directory of the tokenizer: the teacher's unless another is given. Raises UserError when it is missing."""
+    given = teacher.tokenizer
+    if given is None or given.startswith(BUNDLED):
+        return resolve_teacher(teacher)
+    path = Path(given).expanduser()
+    if not path.is_dir():
+        raise UserError(f"teacher.tokenizer={given}: no such directory")
+    return path
+
+
 def _bundled(name: str) -> Path:
     shelf = Path(__file__).parents[1] / "teachers"
     known = sorted(path.parent.name for path in shelf.glob("*/config.json"))

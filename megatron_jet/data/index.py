@@ -37,10 +37,17 @@ class SplitInfo(StrictModel):
 
     sources: dict[str, int]
     shards: list[ShardInfo]
+    longest: dict[str, int] = Field(
+        default_factory=dict, description="tokens of the longest sample, of sources whose samples are never cut"
+    )
 
 
 class DataIndex(StrictModel):
-    """The whole file. `seq_length` is the length (tokens) that eval sets are cut to."""
+    """The whole file.
+
+    `seq_length` is the length (tokens) of evaluation sequences. No sample with an answer is longer, but for the one
+    token that only serves as a label.
+    """
 
     schema_version: int = SCHEMA_VERSION
     vocab_size: int
@@ -65,9 +72,3 @@ def split_info(index: DataIndex, split: str, where: str | Path) -> SplitInfo:
     if split not in index.splits:
         raise UserError(f"{where}: no split '{split}'; it has {', '.join(index.splits)}")
     return index.splits[split]
-
-
-def split_sources(directory: str | Path, split: str) -> dict[str, SourceInfo]:
-    """The sources of one split by name. Raises UserError when there is no index or no such split."""
-    index = read_index(directory)
-    return {name: index.sources[name] for name in sorted(split_info(index, split, directory).sources)}

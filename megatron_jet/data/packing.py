@@ -41,11 +41,21 @@ class WindowStream:
         source: name of the source.
         length: tokens per window.
         seed: of the order; None reads in file order.
+        advice: what to do about a sample that is longer than a window and must not be cut.
     """
 
-    def __init__(self, directory: Path, index: DataIndex, split: str, source: str, length: int, seed: int | None):
+    def __init__(
+        self,
+        directory: Path,
+        index: DataIndex,
+        split: str,
+        source: str,
+        length: int,
+        seed: int | None,
+        advice: str = "raise training.seq_length, or prepare the data with a --seq-length that is no longer",
+    ):
         self.directory, self.length, self.seed = directory, length, seed
-        self.source, self.end_of_text = source, index.end_of_text
+        self.source, self.end_of_text, self.advice = source, index.end_of_text, advice
         self.whole = index.sources[source].packing == "whole"
         self.shards = [shard for shard in split_info(index, split, directory).shards if shard.source == source]
         if not self.shards:
@@ -90,7 +100,7 @@ class WindowStream:
             if len(sample.tokens) > self.length:
                 raise UserError(
                     f"{self.directory}: a sample of source '{self.source}' has {len(sample.tokens)} tokens, more than "
-                    f"the sequence length allows ({self.length}); raise training.seq_length or prepare shorter samples"
+                    f"the {self.length} of a window; {self.advice}"
                 )
             if filled + len(sample.tokens) > self.length:
                 return

@@ -6,7 +6,7 @@ its own. The same input gives the same bytes.
 
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ class Request:
     Attributes:
         inputs: files and folders; NAME=PATH makes them a source of that name.
         tokenizer: HF directory with tokenizer.json and config.json.
-        seq_length: tokens of synthetic samples and of evaluation sequences.
+        seq_length: tokens of synthetic samples and of evaluation sequences. Longer samples with answers are left out.
         stdlib_bytes: bytes of the Python standard library per split; empty for none.
         synthetic: names of synthetic tasks.
         samples: synthetic samples per task and split.
@@ -60,6 +60,8 @@ def prepare(request: Request, out: Path, *, force: bool = False, say: Say = lamb
     """
     if out.exists() and not force:
         raise UserError(f"{out} exists; remove it or give --force")
+    if request.seq_length < 1:
+        raise UserError(f"--seq-length {request.seq_length}: give a number above 0")
     for task in request.synthetic:
         if task not in SYNTHETIC:
             raise UserError(f"unknown synthetic task '{task}'; known: {', '.join(SYNTHETIC)}")
@@ -117,39 +119,76 @@ class Encoder:
         return Sample(np.array(prompt + answer), mask)
 
 
+@dataclass
+class _Output:
+    """Shards in the making, by split and source.
+
+    Attributes:
+        longest: tokens of the longest sample, of sources whose samples are never cut.
+        left_out: lengths in tokens, by source, of samples with answers that are longer than an evaluation sequence.
+    """
+
+    directory: Path
+    vocab_size: int
+    seq_length: int
+    sources: dict[str, SourceInfo] = field(default_factory=dict)
+    writers: dict[tuple[str, str], ShardWriter] = field(default_factory=dict)
+    longest: dict[tuple[str, str], int] = field(default_factory=dict)
+    left_out: dict[str, list[int]] = field(default_factory=dict)
+
+    def add(self, split: str, source: str, info: SourceInfo, sample: Sample, name: str) -> None:
+        key, length = (split, source), len(sample.tokens)
+        if info.packing == "whole":
+            # One more than a sequence has: the last token is a label only.
+            if length > self.seq_length + 1:
+                self.left_out.setdefault(source, []).append(length)
+                return
+            self.longest[key] = max(self.longest.get(key, 0), length)
+        self.sources.setdefault(source, info)
+        if key not in self.writers:
+            self.writers[key] = ShardWriter(self.directory, split, source, self.vocab_size)
+        self.writers[key].add(sample, name)
+
+    def close(self, say: Say) -> None:
+        """Finish the shards, and say what was left out.
+
+        Raises:
+            UserError: a source lost all of its samples, or there was nothing to begin with.
+        """
+        for writer in self.writers.values():
+            writer.close()
+        for source, lengths in sorted(self.left_out.items()):
+            what = f"of source '{source}' are longer than --seq-length {self.seq_length} (up to {max(lengths)} tokens)"
+            if source not in self.sources:
+                raise UserError(f"all samples {what}; give {min(lengths)} or more")
+            say(f"left out: {len(lengths):,} samples {what}")
+        if not self.writers:
+            raise UserError("nothing to prepare: the inputs hold no text")
+
+
 def _write(request: Request, files: list[InputFile], encoder: Encoder, out: Path, say: Say) -> DataIndex:
-    writers: dict[tuple[str, str], ShardWriter] = {}
-    sources: dict[str, SourceInfo] = {}
-
-    def add(split: str, source: str, info: SourceInfo, sample: Sample, name: str) -> None:
-        sources.setdefault(source, info)
-        if (split, source) not in writers:
-            writers[split, source] = ShardWriter(out, split, source, encoder.vocab_size)
-        writers[split, source].add(sample, name)
-
+    output = _Output(out, encoder.vocab_size, request.seq_length)
     text = SourceInfo(packing="stream", metric="loss")
     answers = SourceInfo(packing="whole", metric="exact")
     for number, file in enumerate(files, 1):
         say(f"[{number}/{len(files)}] {file.path}")
         for document in read_documents(file.path):
             info = text if document.answer is None else answers
-            add(split_of(document.name), file.source_of(document), info, encoder.document(document), document.name)
+            sample = encoder.document(document)
+            output.add(split_of(document.name), file.source_of(document), info, sample, document.name)
     corpus = dict(_stdlib(request.stdlib_bytes or {}, say))
     for split, documents in corpus.items():
         for document in documents:
-            add(split, "text", text, encoder.document(document), document.name)
+            output.add(split, "text", text, encoder.document(document), document.name)
     for task in request.synthetic:
         for split in SPLITS:
             count = (request.samples or {}).get(split, 0)
             say(f"synthetic {task} {split}: {count} samples")
             texts = [np.frombuffer(document.text.encode(), np.uint8) for document in corpus.get(split, [])]
             for number, sample in enumerate(synthetic_samples(task, split, count, request.seq_length, texts)):
-                add(split, task, SYNTHETIC[task].info, sample, f"{task}:{split}:{number}")
-    for writer in writers.values():
-        writer.close()
-    if not writers:
-        raise UserError("nothing to prepare: the inputs hold no text")
-    return _index(request, files, encoder, sources, writers)
+                output.add(split, task, SYNTHETIC[task].info, sample, f"{task}:{split}:{number}")
+    output.close(say)
+    return _index(request, files, encoder, output)
 
 
 def _stdlib(limits: dict[str, int], say: Say) -> Iterable[tuple[str, list[Document]]]:
@@ -166,21 +205,23 @@ def _stdlib(limits: dict[str, int], say: Say) -> Iterable[tuple[str, list[Docume
         yield split, chosen
 
 
-def _index(request: Request, files, encoder: Encoder, sources, writers) -> DataIndex:
+def _index(request: Request, files: list[InputFile], encoder: Encoder, output: _Output) -> DataIndex:
     splits = {}
     for split in SPLITS:
-        shards = [shard for (name, _), writer in sorted(writers.items()) if name == split for shard in writer.shards]
+        writers = [writer for (name, _), writer in sorted(output.writers.items()) if name == split]
+        shards = [shard for writer in writers for shard in writer.shards]
         tokens: dict[str, int] = {}
         for shard in shards:
             tokens[shard.source] = tokens.get(shard.source, 0) + shard.tokens
+        longest = {source: length for (name, source), length in sorted(output.longest.items()) if name == split}
         if shards:
-            splits[split] = SplitInfo(sources=tokens, shards=shards)
+            splits[split] = SplitInfo(sources=tokens, shards=shards, longest=longest)
     return DataIndex(
         vocab_size=encoder.vocab_size,
         end_of_text=encoder.end_of_text,
         seq_length=request.seq_length,
         tokenizer_hash=encoder.hash,
         inputs={str(file.path): hash_file(file.path) for file in files},
-        sources=dict(sorted(sources.items())),
+        sources=dict(sorted(output.sources.items())),
         splits=splits,
     )

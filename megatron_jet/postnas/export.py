@@ -11,6 +11,7 @@ from megatron_jet.configs.hf_format import hf_model_type
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.results import ExportResult, Measured, TrainStageResult
 from megatron_jet.configs.stages import EvalConfig
+from megatron_jet.configs.teacher_source import tokenizer_directory
 from megatron_jet.configs.training import ParallelConfig
 from megatron_jet.configs.upstream import final_stage
 from megatron_jet.convert.hf_export import export_hf
@@ -18,7 +19,6 @@ from megatron_jet.convert.hf_package import load_for_causal_lm
 from megatron_jet.convert.model_card import model_card
 from megatron_jet.model.builder import build_model
 from megatron_jet.model.stepwise import run_all
-from megatron_jet.postnas.prepare import tokenizer_directory
 from megatron_jet.postnas.processes import on_main
 from megatron_jet.postnas.scoring import eval_sets
 from megatron_jet.postnas.stage import StageContext, common_inputs
@@ -76,7 +76,7 @@ class ExportStage:
             dtype=settings.dtype,
             shard_bytes=settings.shard_bytes,
             force=True,
-            companions=tokenizer_directory(ctx),
+            companions=tokenizer_directory(ctx.config.teacher),
             card=card,
         )
 

@@ -1,14 +1,12 @@
 """The search itself, given a function that scores layer plans: heat map, full-attention beam, sliding-window beam."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.layer_plan import LayerPlan, hybrid_plan
 from megatron_jet.configs.results import BeamRound, PlacementScore, Scores
 from megatron_jet.configs.stages import PlacementConfig
-from megatron_jet.data.index import SourceInfo
 from megatron_jet.postnas.beam import Placement, Round, beam_search
 from megatron_jet.postnas.scoring import ScoredPlans
 from megatron_jet.postnas.stage import persisted
@@ -103,24 +101,6 @@ class PlacementSearch:
             return hybrid_plan(self.num_layers, self.settings.linear, placement)
         windows = dict.fromkeys(placement, self.settings.swa_window)
         return hybrid_plan(self.num_layers, self.settings.linear, full, windows)
-
-
-def check_objectives(settings: PlacementConfig, sources: Mapping[str, SourceInfo]) -> None:
-    """Raise UserError when an objective is no eval set of the search split, before anything is trained.
-
-    Args:
-        settings: of the stage.
-        sources: what the search split holds, by name.
-    """
-    scored = [name for name, source in sources.items() if source.metric != "loss"]
-    for key, used, names in (
-        ("objective", settings.budget, scored),
-        ("swa_objective", settings.swa_budget, list(sources)),
-    ):
-        name = getattr(settings, key)
-        if used and name not in names:
-            why = "has no accuracy" if name in sources else "is not in the search split"
-            raise UserError(f"placement.{key}: '{name}' {why}; known: {', '.join(names) or 'none'}")
 
 
 def accuracy_value(scores: Scores, objective: str) -> tuple[float, float]:

@@ -23,7 +23,7 @@ from megatron_jet.evaluation.hf_scores import as_scores
 from megatron_jet.model.builder import build_model
 from megatron_jet.model.paths import Choices
 from megatron_jet.model.stepwise import embed, head, run_layer
-from megatron_jet.postnas.processes import gather, rank, world_size
+from megatron_jet.postnas.processes import gather, on_main, rank, world_size
 from megatron_jet.postnas.stage import StageContext
 from megatron_jet.postnas.trie import build_trie, count_layers, walk
 from megatron_jet.tasks.evalset import EvalSet, Scorer, load_eval_sets
@@ -138,4 +138,9 @@ def score_checkpoint(
 
 def eval_sets(ctx: StageContext, split: str, evaluation: EvalConfig) -> list[EvalSet]:
     """The first `samples` sequences of every evaluation set of a split."""
-    return [evalset.first(evaluation.samples) for evalset in load_eval_sets(ctx.data.path, split)]
+    return load_eval_sets(ctx.data.path, split, evaluation.samples)
+
+
+def check_eval_sets(ctx: StageContext, split: str, evaluation: EvalConfig) -> None:
+    """Read the evaluation sets once, so that bad ones are found before a training and not after it. Collective."""
+    on_main(lambda: len(eval_sets(ctx, split, evaluation)))

@@ -30,7 +30,7 @@ from megatron_jet.evaluation.throughput.stages import measure_generation
 from megatron_jet.postnas.jobs import Start, remove_checkpoints, train_student
 from megatron_jet.postnas.processes import on_main
 from megatron_jet.postnas.ranking import Ranking, rank_by_accuracy, rank_within_throughput
-from megatron_jet.postnas.scoring import score_checkpoint
+from megatron_jet.postnas.scoring import check_eval_sets, score_checkpoint
 from megatron_jet.postnas.stage import StageContext, clear_directory, common_inputs, persisted, read_model
 
 
@@ -84,6 +84,7 @@ class SelectionStage:
     def _trained(self, ctx: StageContext, candidate: Candidate, recipe: str) -> CandidateResult:
         settings = ctx.config.stage(self.name)
         model = candidate_model(ctx, candidate.mixer)
+        check_eval_sets(ctx, ctx.data.search_split, settings.eval)
         trained = train_student(
             ctx, self.name, candidate.name, model, settings.training, start=Start(init=settings.init)
         )

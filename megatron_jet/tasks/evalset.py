@@ -14,7 +14,7 @@ from megatron_jet.data.packing import WindowStream
 
 IGNORED = -100
 SUMS = ("loss", "correct", "scored", "rows", "scored_squared", "correct_squared", "correct_times_scored")
-MAX_SEQUENCES = 512  # of one eval set
+TOO_LONG = "prepare the data again: tools/prepare_data.py leaves out what is longer than its --seq-length"
 
 
 @dataclass(frozen=True)
@@ -40,19 +40,24 @@ class EvalSet:
         return replace(self, tokens=self.tokens[:count], labels=self.labels[:count])
 
 
-def load_eval_sets(data_dir: str | Path, split: str) -> list[EvalSet]:
+def load_eval_sets(data_dir: str | Path, split: str, samples: int = 512) -> list[EvalSet]:
     """One eval set per source of a split, in file order, sorted by name.
 
+    Args:
+        data_dir: prepared directory.
+        split: name of the split.
+        samples: most sequences of one source; the split may have fewer.
+
     Raises:
-        UserError: no index, no such split, or a damaged shard.
+        UserError: no index, no such split, a damaged shard, or a sample longer than an evaluation sequence.
     """
     directory = Path(data_dir)
     index = read_index(directory)
     sets = []
     for source in sorted(split_info(index, split, directory).sources):
-        stream = WindowStream(directory, index, split, source, index.seq_length + 1, seed=None)
+        stream = WindowStream(directory, index, split, source, index.seq_length + 1, seed=None, advice=TOO_LONG)
         rows = []
-        while len(rows) < MAX_SEQUENCES:
+        while len(rows) < samples:
             window = stream.next()
             if stream.position.epoch and rows:
                 break  # the last window may have run into the second pass

@@ -1,10 +1,12 @@
 """Scores: what accuracy and loss mean, by hand; pieces and merges give the same result."""
 
 import math
+import shutil
 
 import pytest
 import torch
 
+from megatron_jet.configs.errors import UserError
 from megatron_jet.data.index import read_index
 from megatron_jet.data.shards import read_shard
 from megatron_jet.tasks.evalset import EvalSet, Scorer, load_eval_sets
@@ -73,3 +75,23 @@ def test_eval_sets_hold_the_split_in_order(prepared):
     assert scored.sum() == samples[0].mask.sum()
     assert sets["choice"].choices == [264, 265, 266, 267]
     assert sets["text"].metric == "loss"
+
+
+def test_as_many_sequences_as_asked_for_and_no_more(prepared):
+    """There is no hidden limit, and a small number is not read as a large one."""
+    few = {item.name: len(item.tokens) for item in load_eval_sets(prepared, "train", samples=5)}
+    assert set(few.values()) == {5}
+    index = read_index(prepared)
+    recall = sum(shard.samples for shard in index.splits["train"].shards if shard.source == "recall")
+    everything = {item.name: item for item in load_eval_sets(prepared, "train", samples=100_000)}
+    assert len(everything["recall"].tokens) == recall - 1 == 29  # the last one may run into the second pass
+    assert len(everything["text"].tokens) > 100
+
+
+def test_samples_longer_than_an_evaluation_sequence_say_what_to_do(prepared, tmp_path):
+    """Data of an earlier version; raising training.seq_length would not help."""
+    shutil.copytree(prepared, tmp_path / "old")
+    path = tmp_path / "old" / "index.json"
+    path.write_text(path.read_text().replace('"seq_length": 96', '"seq_length": 48'))
+    with pytest.raises(UserError, match="has 96 tokens, more than the 49 of a window; prepare the data again"):
+        load_eval_sets(tmp_path / "old", "heldout")

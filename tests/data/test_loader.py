@@ -116,7 +116,7 @@ def test_bad_requests_are_named(prepared, tmp_path):
         loader(prepared, split="test")
     with pytest.raises(UserError, match="no index.json"):
         loader(tmp_path)
-    with pytest.raises(UserError, match="more than the sequence length allows"):
+    with pytest.raises(UserError, match="more than the 33 of a window; raise training.seq_length"):
         loader(prepared, blend={"recall": 1.0}, seq_length=32).next_batch()
 
 

@@ -1,6 +1,7 @@
 """Preparation: nothing in two splits, same bytes for the same input, bad input named in one line."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from megatron_jet.data import prepare as prepare_module
 from megatron_jet.data.index import SPLITS, read_index
 from megatron_jet.data.prepare import Request, prepare
 from megatron_jet.data.shards import ShardWriter, read_shard
+from megatron_jet.tasks.evalset import load_eval_sets
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -143,3 +145,40 @@ def test_named_inputs_become_sources_of_their_own(byte_tokenizer, tmp_path):
     with pytest.raises(UserError, match="recall=.*name of a synthetic task"):
         prepare(Request((f"recall={tmp_path / 'code'}",), byte_tokenizer), tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+def test_samples_longer_than_an_evaluation_sequence_are_left_out(byte_tokenizer, tmp_path):
+    """They are never cut, so that no evaluation could hold them; one token more is fine, it only serves as a label."""
+    rows = [{"prompt": "p" * length, "answer": "yes"} for length in range(1, 121)]
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = []
+    index = prepare(Request((str(tmp_path / "qa.jsonl"),), byte_tokenizer, 64), tmp_path / "out", say=said.append)
+    kept = [
+        len(sample.tokens)
+        for split in index.splits.values()
+        for shard in split.shards
+        for sample in read_shard(tmp_path / "out", shard)
+    ]
+    assert sorted(kept) == list(range(1 + 4, 65 + 1))  # the prompt, three letters, end of text
+    assert said[-1] == "left out: 59 samples of source 'qa' are longer than --seq-length 64 (up to 124 tokens)"
+    assert max(split.longest["qa"] for split in index.splits.values()) == 65
+    for split in index.splits:
+        load_eval_sets(tmp_path / "out", split)
+    with pytest.raises(UserError, match="all samples of source 'qa' are longer than --seq-length 3 .*; give 5 or more"):
+        prepare(Request((str(tmp_path / "qa.jsonl"),), byte_tokenizer, 3), tmp_path / "none")
+    with pytest.raises(UserError, match="--seq-length 0: give a number above 0"):
+        prepare(Request((str(tmp_path / "qa.jsonl"),), byte_tokenizer, 0), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_length_of_the_command_line_suits_real_data(byte_tokenizer, tmp_path):
+    """4,096 tokens as in the paper's recipes; 256 where the tiny recipe's own data are asked for."""
+    main = runpy.run_path(str(ROOT / "tools" / "prepare_data.py"))["main"]
+    (tmp_path / "qa.jsonl").write_text(
+        "".join(json.dumps({"prompt": "p" * 500, "answer": str(n)}) + "\n" for n in range(60))
+    )
+    common = ["--tokenizer", str(byte_tokenizer), "--synthetic-samples", "2"]
+    main([str(tmp_path / "qa.jsonl"), str(tmp_path / "real"), *common])
+    assert read_index(tmp_path / "real").seq_length == 4096
+    main([str(tmp_path / "own"), *common, "--synthetic", "recall"])
+    assert read_index(tmp_path / "own").seq_length == 256

@@ -141,7 +141,7 @@ def test_dry_run_as_json_holds_config_and_estimate(launcher, workplace, teacher)
     assert code == 0
     assert plan["config"]["placement"]["budget"] == 1
     assert plan["command"][1:3] == ["-m", "stand_in_worker"]
-    assert [stage["stage"] for stage in plan["estimate"]][:2] == ["placement", "block_selection"]
+    assert [stage["stage"] for stage in plan["estimate"]][:2] == ["prepare", "placement"]
     assert os.listdir(workplace) == []
 
 

@@ -4,13 +4,11 @@ import itertools
 
 import pytest
 
-from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.layer_plan import full_layers
 from megatron_jet.configs.results import Scores
 from megatron_jet.configs.stages import PlacementConfig
 from megatron_jet.configs.training import LossConfig, TrainingConfig
-from megatron_jet.data.index import SourceInfo
-from megatron_jet.postnas.placement_search import PlacementSearch, check_objectives
+from megatron_jet.postnas.placement_search import PlacementSearch
 from megatron_jet.postnas.scoring import ScoredPlans
 from megatron_jet.postnas.trie import build_trie, count_layers
 
@@ -105,28 +103,3 @@ def test_no_budget_means_all_linear(tmp_path):
     found = search(tmp_path, Truth(), budget=0, swa_budget=0).run()
     assert (found.full, found.swa, found.beam, found.swa_beam) == ((), (), [], [])
     assert len(found.heat_map) == LAYERS
-
-
-SOURCES = {
-    "recall": SourceInfo(packing="whole", metric="exact"),
-    "choice": SourceInfo(packing="whole", metric="choice", choices=[1, 2]),
-    "text": SourceInfo(packing="stream", metric="loss"),
-}
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"objective": "recal"}, "placement.objective: 'recal' is not in the search split; known: recall, choice"),
-        ({"objective": "text"}, "placement.objective: 'text' has no accuracy; known: recall, choice"),
-        ({"swa_objective": "mmlu"}, "placement.swa_objective: 'mmlu' is not in the search split; known: recall, "),
-    ],
-)
-def test_objective_that_cannot_be_scored_is_refused(changes, message):
-    with pytest.raises(UserError, match=message):
-        check_objectives(settings(**changes), SOURCES)
-
-
-def test_objectives_that_can_be_scored_or_are_not_used_pass():
-    check_objectives(settings(swa_objective="text"), SOURCES)
-    check_objectives(settings(budget=0, objective="none", swa_budget=0, swa_objective="none"), SOURCES)
