@@ -43,13 +43,19 @@ class Forecast:
 
 
 def check_layout(config: RunConfig, teacher: ModelConfig) -> None:
-    """Raise one UserError when teacher or student cannot be laid out, or a batch does not divide."""
+    """Raise one UserError when teacher or student cannot be laid out, a batch does not divide, or sequences are longer
+    than the teacher has positions."""
     student = planned_student(config, teacher)
     for stage in config.stages:
         settings = config.stage(stage)
         training = getattr(settings, "training", None)
         if training is None:
             continue
+        if training.seq_length > teacher.max_position_embeddings:
+            raise UserError(
+                f"{stage}.training.seq_length={training.seq_length}: the teacher has "
+                f"{teacher.max_position_embeddings} positions, beyond which it teaches nothing"
+            )
         resources = settings.resources
         parallel = resources.parallel or config.parallel
         for model in (teacher, student):

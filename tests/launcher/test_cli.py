@@ -91,6 +91,7 @@ def test_bad_input_is_one_line_and_exit_1(launcher, workplace, arguments, messag
         ("parallel.tensor=2", "placement: 1 processes do not divide by tensor*pipeline=2 (nproc=1, nodes=1)"),
         ("parallel.context=2", "context parallelism is not supported"),
         ("stage1.training.global_batch_size=7", "global_batch_size=7 does not divide"),
+        ("stage2.training.seq_length=65536", "stage2.training.seq_length=65536: the teacher has 32768 positions"),
     ],
 )
 def test_bad_settings_are_found_before_anything_is_written(launcher, workplace, teacher, override, message):
