@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from megatron_jet.configs.cluster import ClusterConfig, TunnelConfig
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.overrides import load_yaml
@@ -16,6 +18,30 @@ SHIPPED = ROOT / "slurm" / "clusters"
 _VARIABLE = re.compile(r"\$(\$?)\{([^}]*)\}")
 # Shell code keeps its ${VAR} for the shell of the node.
 _SHELL_FIELDS = (("setup",), ("preflight", "command"))
+
+
+class _AsWritten(yaml.SafeLoader):
+    """Every value is the text that the file shows, and the field decides what it means.
+
+    YAML itself reads the account 010203 as 4227, the time 12:30 as 750 and the version 1.10 as 1.1.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [(tag, form) for tag, form in resolvers if tag.endswith((":null", ":merge"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Keys that stand there twice are an error; YAML would take the last one."""
+        seen = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if not isinstance(key, yaml.ScalarNode) or key.tag.endswith(":merge"):
+                continue
+            if key.value in seen:
+                line = key.start_mark.line + 1
+                raise yaml.constructor.ConstructorError(problem=f"'{key.value}' is given twice, again in line {line}")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def load_cluster(name_or_file: str, environment: Mapping[str, str] = os.environ) -> ClusterConfig:
@@ -35,7 +61,7 @@ def load_cluster(name_or_file: str, environment: Mapping[str, str] = os.environ)
 def read_cluster(name_or_file: str, environment: Mapping[str, str] = os.environ) -> tuple[Path, dict[str, Any]]:
     """A cluster file as it is written. Raises UserError when there is none or it is no YAML mapping."""
     path = find_cluster(name_or_file, environment)
-    data = load_yaml(path)
+    data = load_yaml(path, _AsWritten)
     if not isinstance(data, dict):
         raise UserError(f"{path}: a cluster file is a mapping, one `field: value` per line")
     return path, data

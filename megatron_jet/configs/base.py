@@ -6,6 +6,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_jet.configs.errors import UserError
 
+# Pydantic's words for these are about Python types.
+_IN_WORDS = {
+    **dict.fromkeys(("tuple_type", "list_type"), "write a list, for example [a, b]"),
+    **dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "write a mapping, one `key: value` per line"),
+}
+
 
 class StrictModel(BaseModel):
     """Frozen, unknown keys are errors. `parse` turns pydantic's report into one line per problem."""
@@ -44,7 +50,7 @@ def describe_validation_error(error: ValidationError, where: str, cls: type[Base
     parts = []
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"]) or "(whole)"
-        message = item["msg"].removeprefix("Value error, ")
+        message = _IN_WORDS.get(item["type"]) or item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             known = _known_keys(cls, item["loc"][:-1])
             near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)

@@ -7,7 +7,7 @@ Values are data, never shell: what ends in a script is quoted literally or refus
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, FiniteFloat, field_validator, model_validator
 
 from megatron_jet.configs.base import StrictModel
 
@@ -19,9 +19,27 @@ OWNED_SBATCH = (
     "account", "partition", "qos", "reservation", "constraint", "exclude", "nodes", "ntasks", "ntasks-per-node",
     "gpus-per-node", "gres", "cpus-per-task", "mem", "exclusive", "time", "signal", "dependency", "kill-on-invalid-dep",
     "job-name", "output", "error", "open-mode", "requeue", "no-requeue", "array", "wrap", "parsable", "chdir", "export",
-    "wait", "test-only", "hold",
+    "wait", "test-only", "hold", "clusters", "export-file", "no-kill", "help", "usage", "version", "quiet",
 )  # fmt: skip
+# sbatch takes any option by its first letters; these are options of their own, not the start of one above.
+_OPTIONS_THAT_START_OTHERS = ("gpus",)
+# Slurm keeps the time of --signal in 16 bits.
+_LARGEST_WARNING = 65535
 _TIME = re.compile(r"(\d+-)?\d{1,3}:[0-5]\d:[0-5]\d")
+
+
+def _as_text(value: Any) -> Any:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if value is not None and not isinstance(value, str):
+        raise ValueError("write text")
+    return value
+
+
+def _as_number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("write a number")
+    return int(value) if isinstance(value, str) and re.fullmatch(r"-?[0-9]+", value) else value
 
 
 def _printable(text: str) -> str:
@@ -79,8 +97,11 @@ def _image(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_printable)]
-Name = Annotated[str, AfterValidator(_name)]
+Name = Annotated[str, BeforeValidator(_as_text), AfterValidator(_name)]
+Constraint = Annotated[str, BeforeValidator(_as_text), AfterValidator(_constraint)]
+NodeList = Annotated[str, BeforeValidator(_as_text), AfterValidator(_node_list)]
 AbsolutePath = Annotated[str, AfterValidator(_absolute)]
+Count = Annotated[int, BeforeValidator(_as_number)]
 
 
 class ContainerConfig(StrictModel):
@@ -98,7 +119,7 @@ class TunnelConfig(StrictModel):
     kind: Literal["local", "ssh"] = "local"
     host: Name | None = Field(default=None, description="login node, as ssh understands it")
     user: Name | None = Field(default=None, description="None: as in ~/.ssh/config")
-    port: int | None = Field(default=None, ge=1, le=65535)
+    port: Count | None = Field(default=None, ge=1, le=65535)
     identity: Annotated[str, AfterValidator(_path)] | None = Field(default=None, description="private key file")
     python: Annotated[str, AfterValidator(_path)] = Field(
         default="python3", description="Python on the login node that has megatron-jet[launch]"
@@ -117,15 +138,15 @@ class PreflightConfig(StrictModel):
     """Checks at the start of every allocation. A node that fails is excluded and the job queued again."""
 
     enabled: bool = True
-    free_disk_gib: float = Field(default=20.0, ge=0, description="free space wanted in the run directory")
-    min_bandwidth_gb_per_s: float = Field(
+    free_disk_gib: FiniteFloat = Field(default=20.0, ge=0, description="free space wanted in the run directory")
+    min_bandwidth_gb_per_s: FiniteFloat = Field(
         default=1.0,
         ge=0,
         description="all-reduce bus bandwidth over all ranks, GB/s; 0: no all-reduce, no torch import",
     )
-    timeout_seconds: int = Field(default=300, ge=5, description="a node that has not answered by then is bad")
+    timeout_seconds: Count = Field(default=300, ge=5, description="a node that has not answered by then is bad")
     command: Text | None = Field(default=None, description="your own check, run by bash on every node; non-zero: bad")
-    max_requeues: int = Field(default=3, ge=0, description="restarts of one job because of bad nodes")
+    max_requeues: Count = Field(default=3, ge=0, description="restarts of one job because of bad nodes")
 
 
 class ClusterConfig(StrictModel):
@@ -136,21 +157,22 @@ class ClusterConfig(StrictModel):
     partition: Name | None = Field(default=None, description="None: the cluster's default")
     qos: Name | None = None
     reservation: Name | None = None
-    constraint: Annotated[str, AfterValidator(_constraint)] | None = Field(default=None, description="node features")
-    exclude: Annotated[str, AfterValidator(_node_list)] | None = Field(
-        default=None, description="nodes never to use, comma-separated"
-    )
-    nodes: int = Field(default=1, ge=1, description="largest number of nodes one job may ask for")
-    gpus_per_node: int = Field(default=0, ge=0, description="0: CPU nodes, processes talk over gloo")
+    constraint: Constraint | None = Field(default=None, description="node features")
+    exclude: NodeList | None = Field(default=None, description="nodes never to use, comma-separated")
+    nodes: Count = Field(default=1, ge=1, description="largest number of nodes one job may ask for")
+    gpus_per_node: Count = Field(default=0, ge=0, description="0: CPU nodes, processes talk over gloo")
     gpu_request: Literal["gpus-per-node", "gres", "none"] = Field(
         default="gpus-per-node", description="how GPUs are asked for; none: the site hands out whole nodes"
     )
-    cpus_per_task: int | None = Field(default=None, ge=1, description="cores per process; None: the site's default")
+    cpus_per_task: Count | None = Field(default=None, ge=1, description="cores per process; None: the site's default")
     mem: Name | None = Field(default=None, description="memory per node; '0': all of it; None: the site's default")
     exclusive: bool = Field(default=False, description="whole nodes")
     time_limit: str = Field(default="04:00:00", description="[days-]hours:minutes:seconds of one allocation")
-    early_warning_seconds: int = Field(
-        default=300, ge=10, description="before the time limit: save and queue again; twice the time of a checkpoint"
+    early_warning_seconds: Count = Field(
+        default=300,
+        ge=10,
+        le=_LARGEST_WARNING,
+        description="before the time limit: save and queue again; twice the time of a checkpoint",
     )
     container: ContainerConfig | None = None
     venv: AbsolutePath | None = Field(default=None, description="virtual environment on the shared file system")
@@ -162,23 +184,16 @@ class ClusterConfig(StrictModel):
     job_dir: AbsolutePath | None = Field(
         default=None, description="shared directory that gets one run directory per run; None: ./runs"
     )
-    restarts: int = Field(default=2, ge=0, description="restarts of a crashing job that makes no progress in between")
+    restarts: Count = Field(default=2, ge=0, description="restarts of a crashing job that makes no progress in between")
     offline: bool = Field(default=True, description="compute nodes have no network")
     preflight: PreflightConfig = PreflightConfig()
 
     @field_validator("time_limit", mode="before")
     @classmethod
     def _time(cls, value: Any) -> str:
-        if isinstance(value, int | float):
-            raise ValueError('YAML reads this as a number; put it in quotes: "04:00:00"')
         if not isinstance(value, str) or not _TIME.fullmatch(value):
-            raise ValueError('write "[days-]hours:minutes:seconds", for example "04:00:00"')
+            raise ValueError("write [days-]hours:minutes:seconds, for example 04:00:00")
         return value
-
-    @field_validator("mem", "partition", "account", "exclude", mode="before")
-    @classmethod
-    def _number_as_text(cls, value: Any) -> Any:
-        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
     @field_validator("env", "sbatch", mode="before")
     @classmethod
@@ -187,7 +202,7 @@ class ClusterConfig(StrictModel):
             raise ValueError("write a mapping, one NAME: value per line")
         for key, item in value.items():
             if isinstance(item, bool) or item is None or isinstance(item, dict | list):
-                raise ValueError(f"{key}: put the value in quotes")
+                raise ValueError(f'{key}: write text, "" for none')
         return {str(key): str(item) for key, item in value.items()}
 
     @field_validator("env")
@@ -208,6 +223,9 @@ class ClusterConfig(StrictModel):
                 raise ValueError(f"{key!r} is not an sbatch option (write it long, without --)")
             if key in OWNED_SBATCH:
                 raise ValueError(f"{key} is set by the launcher or has a field of its own")
+            starts = [owned for owned in OWNED_SBATCH if owned.startswith(key)]
+            if starts and key not in _OPTIONS_THAT_START_OTHERS:
+                raise ValueError(f"sbatch takes {key} for {starts[0]}; write options in full")
         return options
 
     @model_validator(mode="after")

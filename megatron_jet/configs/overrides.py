@@ -73,10 +73,10 @@ def _free_form(path: list[str]) -> bool:
     return len(path) >= 2 and path[-2] in ("blend", "full_layers", "mixers")
 
 
-def load_yaml(path: str | Path) -> Any:
+def load_yaml(path: str | Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
     """Parse a YAML file. Raises UserError that names the file and the line."""
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return yaml.load(Path(path).read_text(encoding="utf-8"), Loader=loader)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:

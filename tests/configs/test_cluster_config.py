@@ -19,8 +19,21 @@ BAD_FILES = {
     "nested_typo": ("preflight: {free_disk: 3}\n", "preflight.free_disk: unknown key"),
     "zero_nodes": ("nodes: 0\n", "nodes: Input should be greater than or equal to 1 (got 0)"),
     "text_for_number": ("nodes: many\n", "nodes: Input should be a valid integer"),
+    "true_for_number": ("nodes: true\n", "nodes: Input should be a valid integer"),
+    "yes_for_number": ("gpus_per_node: yes\n", "gpus_per_node: Input should be a valid integer"),
+    "twice": ("account: a\npartition: b\naccount: c\n", "'account' is given twice, again in line 3"),
+    "twice_below": ("env:\n  A: a\n  A: b\n", "'A' is given twice, again in line 3"),
+    "warning_beyond_sbatch": (
+        'time_limit: "3-00:00:00"\nearly_warning_seconds: 70000\n',
+        "less than or equal to 65535",
+    ),
+    "endless_bandwidth": ("preflight: {min_bandwidth_gb_per_s: .inf}\n", "min_bandwidth_gb_per_s: Input should be a"),
+    "endless_disk": ("preflight: {free_disk_gib: inf}\n", "free_disk_gib: Input should be a finite number"),
+    "word_for_list": ("modules: cuda\n", "modules: write a list, for example [a, b] (got 'cuda')"),
+    "word_for_mapping": ("preflight: no\n", "preflight: write a mapping, one `key: value` per line (got 'no')"),
+    "list_for_text": ("account: [a]\n", "account: write text (got ['a'])"),
     "negative_gpus": ("gpus_per_node: -1\n", "gpus_per_node: Input should be greater than or equal to 0"),
-    "sexagesimal_time": ("time_limit: 12:00:00\n", "time_limit: YAML reads this as a number; put it in quotes"),
+    "time_as_a_number": ("time_limit: 720\n", "time_limit: write [days-]hours:minutes:seconds"),
     "time_in_words": ('time_limit: "4 hours"\n', "time_limit: write"),
     "late_warning": ('time_limit: "00:01:00"\nearly_warning_seconds: 60\n', "is not below time_limit"),
     "container_and_venv": ("container: {image: a}\nvenv: /v\n", "give container or venv, not both"),
@@ -32,8 +45,13 @@ BAD_FILES = {
     "host_without_ssh": ("tunnel: {host: h}\n", "need kind: ssh"),
     "owned_variable": ("env: {MASTER_PORT: 1}\n", "MASTER_PORT is set by the launcher"),
     "bad_variable": ("env: {A-B: 1}\n", "is not the name of an environment variable"),
-    "yes_in_env": ("env: {A: yes}\n", "A: put the value in quotes"),
+    "nothing_in_env": ("env: {A: }\n", 'A: write text, "" for none'),
+    "list_in_env": ("env: {A: [b]}\n", 'A: write text, "" for none'),
     "owned_option": ("sbatch: {time: '1'}\n", "time is set by the launcher or has a field of its own"),
+    "option_of_another_cluster": ("sbatch: {clusters: west}\n", "clusters is set by the launcher"),
+    "option_that_submits_nothing": ("sbatch: {help: ''}\n", "help is set by the launcher"),
+    "option_that_hides_the_job_id": ("sbatch: {quiet: ''}\n", "quiet is set by the launcher"),
+    "abbreviated_option": ("sbatch: {clust: west}\n", "sbatch takes clust for clusters; write options in full"),
     "short_option": ("sbatch: {-N: '1'}\n", "is not an sbatch option"),
     "unset_variable": ("account: ${NO_SUCH_THING}\n", "account: ${NO_SUCH_THING} is not set in your environment"),
     "odd_variable": ("account: ${a b}\n", "'${a b}' does not name an environment variable"),
@@ -111,6 +129,37 @@ def test_slurm_syntax_is_let_through():
     )
     assert cluster.mem == "0"
     assert cluster.constraint == "[rack1|rack2]&h100"
+
+
+def test_plain_values_stay_what_the_file_shows(tmp_path):
+    """YAML 1.1 reads these as 4227, 750, 8, True, 1.1, 43200 and 960."""
+    text = (
+        "account: 010203\npartition: 12:30\nqos: 010\nreservation: yes\nmodules: [1.10]\ntime_limit: 12:00:00\n"
+        "nodes: 010\nexclusive: yes\nmem: null\nsbatch: {begin: 16:00}\n"
+        "env: {T: 12:30, V: 1.10, Y: yes, N: 1_000, ON: ~x}\n"
+    )
+    cluster = load_cluster(write(tmp_path, text), {})
+    assert (cluster.account, cluster.partition, cluster.qos, cluster.reservation) == ("010203", "12:30", "010", "yes")
+    assert (cluster.modules, cluster.time_limit, cluster.sbatch) == (("1.10",), "12:00:00", {"begin": "16:00"})
+    assert (cluster.nodes, cluster.exclusive, cluster.mem) == (10, True, None)
+    assert cluster.env == {"T": "12:30", "V": "1.10", "Y": "yes", "N": "1_000", "ON": "~x"}
+
+
+def test_merged_mappings_are_no_repetition(tmp_path):
+    text = "env: &common {A: 1, B: 2}\nsbatch: {}\npreflight: {<<: {timeout_seconds: 9}, timeout_seconds: 7}\n"
+    cluster = load_cluster(write(tmp_path, text), {})
+    assert (cluster.env, cluster.preflight.timeout_seconds) == ({"A": "1", "B": "2"}, 7)
+
+
+@pytest.mark.parametrize("field", ["account", "partition", "qos", "reservation", "constraint", "exclude", "mem"])
+def test_numbers_are_names_everywhere(field):
+    assert getattr(ClusterConfig.parse({field: 5}), field) == "5"
+
+
+@pytest.mark.parametrize("field", ["nodes", "gpus_per_node", "cpus_per_task", "early_warning_seconds", "restarts"])
+def test_truth_values_are_no_numbers(field):
+    with pytest.raises(UserError, match=f"{field}: write a number"):
+        ClusterConfig.parse({field: True})
 
 
 def test_variables_come_from_the_login_environment_but_shell_code_keeps_its_own(tmp_path):
