@@ -17,6 +17,10 @@ class Scores(StrictModel):
     accuracy: dict[str, float] = Field(description="by eval set: recall, choice, copy")
     loss: dict[str, float] = Field(description="by eval set: recall, choice, copy, text")
     error: dict[str, float] = Field(default_factory=dict, description="standard error of the accuracy, over sequences")
+    sequences: dict[str, int] = Field(
+        default_factory=dict,
+        description="sequences with answers that were scored; a split may have fewer than asked for",
+    )
 
 
 class Measured(StrictModel):

@@ -35,4 +35,5 @@ def as_scores(results: dict[str, dict[str, float]]) -> Scores:
         accuracy={name: row["accuracy"] for name, row in results.items() if "accuracy" in row},
         loss={name: row["loss"] for name, row in results.items()},
         error={name: row["error"] for name, row in results.items() if "error" in row},
+        sequences={name: row["sequences"] for name, row in results.items() if "sequences" in row},
     )

@@ -117,12 +117,14 @@ class Scorer:
             self._sums[key] += value
 
     def result(self) -> dict[str, float]:
-        """Mean loss (nats per scored token); unless the metric is loss also accuracy and its standard error."""
+        """Mean loss (nats per scored token); unless the metric is loss also accuracy, its standard error, and the number
+        of sequences that hold answers."""
         count = max(self._sums["scored"], 1.0)
         result = {"loss": self._sums["loss"] / count}
         if self.evalset.metric != "loss":
             result["accuracy"] = self._sums["correct"] / count
             result["error"] = self._standard_error(result["accuracy"])
+            result["sequences"] = int(self._sums["rows"])
         return result
 
     def _standard_error(self, accuracy: float) -> float:

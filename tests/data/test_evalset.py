@@ -33,6 +33,7 @@ def test_exact_accuracy_and_loss_by_hand():
     scorer.update(slice(0, 2), logits_for([[0, 3, 1], [5, 0, 0]]))  # right, wrong, right at the scored places
     result = scorer.result()
     assert result["accuracy"] == pytest.approx(2 / 3)
+    assert result["sequences"] == 2
     normaliser = math.log(math.exp(2) + 7)
     assert result["loss"] == pytest.approx((2 * (normaliser - 2) + normaliser) / 3, abs=1e-6)
 

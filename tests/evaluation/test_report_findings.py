@@ -157,6 +157,9 @@ def test_standard_error_of_a_difference():
     # Results without errors: shares of one half over 100 sequences, sqrt(2 * 0.25 / 100).
     bare = {"accuracy": accuracy, "error": {}}
     assert standard_error(bare, bare, ["a"], 100) == pytest.approx(0.0707107, rel=1e-6)
+    # Of 100 sequences asked for, the data had 25.
+    few = bare | {"sequences": {"a": 25}}
+    assert standard_error(few, few, ["a"], 100) == pytest.approx(2 * 0.0707107, rel=1e-6)
     assert judge(0.2, 0.1) == SHOWS and judge(0.19, 0.1) == NOISE
     assert judge(-0.2, 0.1) == SHOWS_NOT and judge(-0.19, 0.1) == NOISE and judge(0.0, 0.0) == SHOWS_NOT
 

@@ -44,7 +44,9 @@ def standard_error(first: dict[str, Any], second: dict[str, Any], tasks: list[st
 
 
 def accuracy_error(scores: dict[str, Any], task: str, samples: int) -> float:
-    """Standard error of one accuracy; results that hold none are taken as one answer per sequence."""
+    """Standard error of one accuracy; results that hold none are taken as one answer per sequence. The number of
+    sequences is that of the result, where it holds one: data may have fewer than the config asks for."""
+    samples = scores.get("sequences", {}).get(task, samples)
     accuracy = scores["accuracy"][task]
     error = scores["error"].get(task, math.sqrt(max(0.0, accuracy * (1 - accuracy)) / samples))
     return max(error, 0.5 / samples)
