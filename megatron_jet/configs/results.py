@@ -19,7 +19,7 @@ class Scores(StrictModel):
     error: dict[str, float] = Field(default_factory=dict, description="standard error of the accuracy, over sequences")
     sequences: dict[str, int] = Field(
         default_factory=dict,
-        description="sequences with answers that were scored; a split may have fewer than asked for",
+        description="sequences with answers scored; a split may have fewer than asked for",
     )
 
 

@@ -117,8 +117,8 @@ class Scorer:
             self._sums[key] += value
 
     def result(self) -> dict[str, float]:
-        """Mean loss (nats per scored token); unless the metric is loss also accuracy, its standard error, and the number
-        of sequences that hold answers."""
+        """Mean loss (nats per scored token); unless the metric is loss also accuracy, its standard error, and how many
+        sequences hold answers."""
         count = max(self._sums["scored"], 1.0)
         result = {"loss": self._sums["loss"] / count}
         if self.evalset.metric != "loss":
