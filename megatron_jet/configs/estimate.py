@@ -104,19 +104,15 @@ def training_memory(
 
 
 def _logit_bytes(model: ModelConfig, training: TrainingConfig, width: int) -> int:
-    """Peak of the logits: the teacher's and the student's beside one chunk of the losses in fp32, or, with several
-    sequences per micro-batch, beside the copy that turns Megatron's [s, b, vocab] around.
-
-    A loss on features alone needs no logits.
-    """
+    """Peak of the logits: the teacher's and the student's beside one chunk of the losses in fp32. A loss on features
+    alone needs none."""
     loss = training.loss
     if not loss.needs_logits:
         return 0
     tokens = training.seq_length * training.micro_batch_size
     whole = tokens * model.vocab_size * width
     chunk = min(tokens, LOGIT_CHUNK_TOKENS) * model.vocab_size * 4 * LOGIT_CHUNK_TENSORS
-    turned = whole if training.micro_batch_size > 1 else 0
-    return whole * (2 if loss.kl else 1) + max(chunk, turned)
+    return whole * (2 if loss.kl else 1) + chunk
 
 
 def _activation_bytes(

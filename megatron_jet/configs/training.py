@@ -10,7 +10,7 @@ from megatron_jet.configs.errors import UserError
 # Of the losses on logits (training/vocab_parallel.py), which the memory estimate counts: tokens per chunk, and how many
 # fp32 tensors [chunk, vocabulary] exist at the same time at most.
 LOGIT_CHUNK_TOKENS = 2048
-LOGIT_CHUNK_TENSORS = 12
+LOGIT_CHUNK_TENSORS = 4
 
 
 class ParallelConfig(StrictModel):

@@ -1,5 +1,6 @@
 """A student and, frozen beside it, its teacher: one module for Megatron's pipeline schedules."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -51,6 +52,7 @@ class DistillationModel(nn.Module):
         self.module = student  # Megatron looks attributes such as pre_process up through `.module`
         self._teacher = (teacher,)
         self.logit_loss = logit_loss(loss)
+        self.needs_logits = loss.needs_logits
         self.feature_weight = loss.feature
         self.layer_weights = layer_weights(loss, num_layers)
         group = parallel_state.get_tensor_model_parallel_group()
@@ -58,8 +60,6 @@ class DistillationModel(nn.Module):
         self.terms = torch.zeros(len(TERMS), device=torch.cuda.current_device())
         if teacher is not None:
             teacher.requires_grad_(False).eval()
-            # A teacher without KL is asked for features only; leave its logits out.
-            teacher.post_process = teacher.post_process and loss.kl > 0
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -100,12 +100,13 @@ class DistillationModel(nn.Module):
         target = target_features = None
         if self.teacher is not None:
             with torch.no_grad(), self._features(self.teacher) as target_features:
-                target = self.teacher(batch["tokens"], positions, None)
+                target = self.teacher(batch["tokens"], positions, None, output_processor=_head(self.logit_loss.kl > 0))
         with self._features(self.module) as features:
-            output = self.module(batch["tokens"], positions, None)
+            output = self.module(batch["tokens"], positions, None, output_processor=_head(self.needs_logits))
         feature = self._feature_loss(features, target_features, norm) if self.feature_weight else None
         if self.module.post_process:
-            loss = self._logit_losses(output, target, batch, norm)
+            # Without a loss on logits, zero: the stages before still need a gradient, if no feature here gives one.
+            loss = self._logit_losses(output, target, batch, norm) if self.needs_logits else 0.0 * output[:1].sum()
             return loss if feature is None else loss + self.feature_weight * feature
         if feature is not None and torch.is_grad_enabled():
             output = AuxiliaryLoss.apply(output, self.feature_weight * feature)
@@ -116,11 +117,10 @@ class DistillationModel(nn.Module):
         return collect_features([model]) if self.feature_weight else nullcontext()
 
     def _feature_loss(self, features, targets, norm: Normalizer) -> Tensor:
-        total = sum(
-            self.layer_weights[layer] * feature_loss(features[layer], targets[layer])
-            for layer in features
-            if self.layer_weights[layer]
-        )
+        total = torch.zeros_like(self.terms[FEATURE])
+        for layer in features:
+            if self.layer_weights[layer]:
+                total = total + self.layer_weights[layer] * feature_loss(features[layer], targets[layer])
         total = total / norm.tokens
         self.terms[FEATURE] += total.detach()
         return total
@@ -128,19 +128,34 @@ class DistillationModel(nn.Module):
     def _logit_losses(
         self, logits: Tensor, target: Tensor | None, batch: dict[str, Tensor], norm: Normalizer
     ) -> Tensor:
-        """logits, target [b, s, vocab / tp] -> scalar."""
-        weights = batch["loss_mask"].flatten().float() / norm.scored
+        """logits, target [s, b, vocab / tp] -> scalar."""
+        weights = batch["loss_mask"].mT.flatten().float() / norm.scored
         has_target = target is not None and self.logit_loss.kl > 0
         loss, sums = logit_losses(
             logits.flatten(0, 1),
             target.flatten(0, 1) if has_target else None,
-            batch["labels"].flatten(),
+            batch["labels"].mT.flatten(),
             weights,
             self.logit_loss,
             self.tp_group,
         )
         self.terms[KL:] += sums
         return loss
+
+
+def _head(wanted: bool) -> Callable[..., Tensor]:
+    """What the last stage of a model does with its last hidden state [s(/tp), b, h].
+
+    Megatron's own way would turn the logits around to [b, s, vocab / tp], a copy of the largest tensor there is.
+    """
+
+    def logits(*, hidden_states: Tensor, output_layer: nn.Module, output_weight: Tensor | None, **_) -> Tensor:
+        return output_layer(hidden_states, weight=output_weight)[0]  # [s, b, vocab / tp]
+
+    def nothing(*, hidden_states: Tensor, **_) -> Tensor:
+        return hidden_states
+
+    return logits if wanted else nothing
 
 
 @torch.no_grad()

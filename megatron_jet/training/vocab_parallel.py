@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
@@ -31,24 +30,25 @@ class LogitLoss:
     chunk_tokens: int = LOGIT_CHUNK_TOKENS
 
 
-def vocab_parallel_log_softmax(logits: Tensor, group: ProcessGroup | None = None) -> Tensor:
+def vocab_parallel_log_softmax(logits: Tensor, group: ProcessGroup | None, out: Tensor) -> Tensor:
     """log_softmax over the whole vocabulary. No autograd: the losses below know their gradients in closed form.
 
     Args:
-        logits: [n, vocab / tp] fp32.
+        logits: [n, vocab / tp] fp32; overwritten when the vocabulary is split.
         group: tensor-parallel group; None when the vocabulary is whole.
+        out: the same shape; takes the result.
 
     Returns:
-        [n, vocab / tp] fp32.
+        `out`.
     """
     if group is None:
-        return F.log_softmax(logits, dim=-1)
+        return torch.log_softmax(logits, -1, out=out)
     peak = logits.amax(-1, keepdim=True)  # [n, 1]
     dist.all_reduce(peak, ReduceOp.MAX, group=group)
-    shifted = logits - peak
-    total = shifted.exp().sum(-1, keepdim=True)  # [n, 1]
+    logits.sub_(peak)
+    total = torch.exp(logits, out=out).sum(-1, keepdim=True)  # [n, 1]
     dist.all_reduce(total, group=group)
-    return shifted - total.log()
+    return torch.sub(logits, total.log_(), out=out)
 
 
 class _LogitLosses(torch.autograd.Function):
@@ -58,16 +58,11 @@ class _LogitLosses(torch.autograd.Function):
     def forward(ctx, student: Tensor, teacher: Tensor | None, labels: Tensor, weights: Tensor, what: LogitLoss, group):
         needs_gradient = ctx.needs_input_grad[0]
         sums = student.new_zeros(2, dtype=torch.float32)  # KL, cross-entropy
+        chunks = _Chunks(min(what.chunk_tokens, student.shape[0]), student, what, group)
         for start in range(0, student.shape[0], what.chunk_tokens):
             rows = slice(start, start + what.chunk_tokens)
-            chunk_sums, gradient = _chunk(
-                student[rows].float(),
-                None if teacher is None else teacher[rows].float(),
-                labels[rows],
-                weights[rows],
-                what,
-                group,
-            )
+            targets = None if teacher is None else teacher[rows]
+            chunk_sums, gradient = chunks.losses(student[rows], targets, labels[rows], weights[rows])
             sums += chunk_sums
             if needs_gradient:
                 student[rows] = gradient
@@ -112,42 +107,69 @@ def logit_losses(
     return _LogitLosses.apply(student, teacher if what.kl else None, labels, weights, what, group)
 
 
-def _chunk(
-    student: Tensor, teacher: Tensor | None, labels: Tensor, weights: Tensor, what: LogitLoss, group
-) -> tuple[Tensor, Tensor]:
-    """[KL, CE] of one chunk and the gradient of their weighted sum. student, teacher [n, v] fp32."""
-    kl_sum = ce_sum = student.new_zeros(())
-    gradient = torch.zeros_like(student)
-    log_s = None
-    if what.cross_entropy:
-        log_s = vocab_parallel_log_softmax(student, group)
-        cross_entropy, ce_gradient = _cross_entropy(log_s, labels, group)
-        ce_sum = (cross_entropy * weights).sum()
-        gradient.add_(ce_gradient, alpha=what.cross_entropy)
-    if teacher is not None:
-        if log_s is None or what.temperature != 1:
-            log_s = vocab_parallel_log_softmax(student / what.temperature, group)
-        log_t = vocab_parallel_log_softmax(teacher / what.temperature, group)
-        kl, kl_gradient = _divergence(log_s, log_t, what.reverse, group)
-        kl_sum = what.temperature**2 * (kl * weights).sum()
-        # d(T^2 KL) / d(logits) = T^2 * (1 / T) * d KL / d(logits / T)
-        gradient.add_(kl_gradient, alpha=what.kl * what.temperature)
-    return torch.stack([kl_sum, ce_sum]), gradient.mul_(weights[:, None])
+class _Chunks:
+    """The fp32 buffers [chunk, vocab / tp] that all chunks share: at most LOGIT_CHUNK_TENSORS.
+
+    Args:
+        rows: tokens of the largest chunk.
+        like: the logits, whose width and device count.
+        what: the terms.
+        group: tensor-parallel group, or None.
+    """
+
+    def __init__(self, rows: int, like: Tensor, what: LogitLoss, group: ProcessGroup | None):
+        self.what, self.group = what, group
+        count = 2 + bool(what.kl) + bool(what.kl and what.cross_entropy)
+        self._buffers = [like.new_empty(rows, like.shape[1], dtype=torch.float32) for _ in range(count)]
+
+    def losses(self, student: Tensor, teacher: Tensor | None, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """[KL, CE] of one chunk, and the gradient of their weighted sum in one of the buffers.
+
+        student, teacher [n, v]; n at most as large as the buffers.
+        """
+        what = self.what
+        work, gradient, *others = (buffer[: student.shape[0]] for buffer in self._buffers)
+        kl_sum = ce_sum = weights.new_zeros(())
+        if what.cross_entropy:
+            log_s = vocab_parallel_log_softmax(work.copy_(student), self.group, out=gradient)
+            ce_sum = (_cross_entropy_(log_s, labels, self.group) * weights).sum()
+            gradient.mul_(what.cross_entropy)
+        if teacher is not None:
+            log_s, log_t = others if what.cross_entropy else (gradient, *others)
+            for logits, out in ((student, log_s), (teacher, log_t)):
+                work.copy_(logits)
+                if what.temperature != 1:
+                    work.div_(what.temperature)
+                vocab_parallel_log_softmax(work, self.group, out=out)
+            kl = _divergence_(log_s, log_t, work, what.reverse, self.group)
+            kl_sum = what.temperature**2 * (kl * weights).sum()
+            # d(T^2 KL) / d(logits) = T^2 * (1 / T) * d KL / d(logits / T)
+            log_s.mul_(what.kl * what.temperature)
+            if what.cross_entropy:
+                gradient.add_(log_s)
+        return torch.stack([kl_sum, ce_sum]), gradient.mul_(weights[:, None])
 
 
-def _divergence(log_s: Tensor, log_t: Tensor, reverse: bool, group) -> tuple[Tensor, Tensor]:
-    """KL per token [n] and its gradient with respect to the student's (softened) logits [n, v]."""
-    p_s = log_s.exp()
-    difference = log_s - log_t
+def _divergence_(log_s: Tensor, log_t: Tensor, work: Tensor, reverse: bool, group) -> Tensor:
+    """KL per token [n]; its gradient with respect to the student's (softened) logits takes the place of log_s [n, v].
+
+    log_t and work are overwritten.
+    """
     if reverse:
-        kl = _sum_over_vocab(p_s * difference, group)
-        return kl, p_s * (difference - kl[:, None])
-    p_t = log_t.exp()
-    return _sum_over_vocab(-p_t * difference, group), p_s - p_t
+        p_s = torch.exp(log_s, out=work)
+        difference = log_s.sub_(log_t)
+        kl = _sum_over_vocab(torch.mul(p_s, difference, out=log_t), group)
+        difference.sub_(kl[:, None]).mul_(p_s)
+        return kl
+    p_t = torch.exp(log_t, out=work)
+    difference = torch.sub(log_t, log_s, out=log_t)
+    kl = _sum_over_vocab(difference.mul_(p_t), group)
+    log_s.exp_().sub_(p_t)
+    return kl
 
 
-def _cross_entropy(log_s: Tensor, labels: Tensor, group) -> tuple[Tensor, Tensor]:
-    """Cross-entropy per token [n] and its gradient with respect to the student's logits [n, v]."""
+def _cross_entropy_(log_s: Tensor, labels: Tensor, group) -> Tensor:
+    """Cross-entropy per token [n]; its gradient with respect to the student's logits takes the place of log_s."""
     first = 0 if group is None else dist.get_rank(group) * log_s.shape[-1]
     local = labels - first
     here = (local >= 0) & (local < log_s.shape[-1])
@@ -155,9 +177,8 @@ def _cross_entropy(log_s: Tensor, labels: Tensor, group) -> tuple[Tensor, Tensor
     cross_entropy = -(log_s.gather(1, index)[:, 0] * here)
     if group is not None:
         dist.all_reduce(cross_entropy, group=group)
-    gradient = log_s.exp()
-    gradient.scatter_add_(1, index, -here[:, None].to(gradient.dtype))
-    return cross_entropy, gradient
+    log_s.exp_().scatter_add_(1, index, -here[:, None].to(log_s.dtype))
+    return cross_entropy
 
 
 def _sum_over_vocab(x: Tensor, group) -> Tensor:

@@ -34,6 +34,7 @@ MICROBATCHES = 4
 LOSSES = {
     "all": DISTILL,
     "features": LossConfig(feature=1.0, layer_weights=(1.0, 0.0, 2.0, 1.0)),
+    "first stage": LossConfig(feature=1.0, layer_weights=(1.0, 1.0, 0.0, 0.0)),
     "soft reverse": LossConfig(kl=1.0, kl_direction="reverse", temperature=2.0),
     "plain": LossConfig(cross_entropy=1.0),
 }
@@ -82,7 +83,7 @@ def test_all_terms(pool, expected, layout):
     check(pool.run(one_step, parallel, DISTILL, layout=parallel, world_size=world_size), expected["all"])
 
 
-@pytest.mark.parametrize("name", ["features", "soft reverse", "plain"])
+@pytest.mark.parametrize("name", ["features", "first stage", "soft reverse", "plain"])
 @pytest.mark.parametrize("layout", ["tp2 sp", "pp2"])
 def test_single_terms(pool, expected, layout, name):
     parallel, world_size = LAYOUTS[layout]
@@ -93,6 +94,20 @@ def test_features_alone_train_the_first_stage(expected):
     """Layer 0's own feature is the only reason for its weights to move when later layers have no weight."""
     gradients = expected["features"][2]
     assert gradients["decoder.layers.0.self_attention.in_proj.weight.query"].norm() > 1e-4
+
+
+@pytest.mark.parametrize("name, student_runs, teacher_runs", [("features", 0, 0), ("all", 1, 1), ("plain", 1, 0)])
+def test_heads_run_only_where_their_logits_are_needed(single_rank, name, student_runs, teacher_runs):
+    loss = LOSSES[name]
+    student = built(student_config(), seed=2)
+    teacher = built(teacher_config(), seed=1) if loss.needs_teacher else [None]
+    runs = []
+    for model in filter(None, (*student, *teacher)):
+        model.output_layer.register_forward_hook(lambda module, *_: runs.append(module))
+    [batch] = batches_for(0, 1, 1)
+    DistillationModel(student[0], teacher[0], loss, 4)(batch, normalizer([batch])).backward()
+    assert runs.count(student[0].output_layer) == student_runs
+    assert len(runs) == student_runs + teacher_runs
 
 
 def test_frozen_parameters_get_no_gradient(pool, expected):
