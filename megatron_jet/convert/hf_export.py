@@ -12,19 +12,20 @@ from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import read_json, write_text
 from megatron_jet.configs.hf_format import HYBRIDS, model_from_hf, model_to_hf
 from megatron_jet.configs.model import ModelConfig
+from megatron_jet.convert.companions import CARD, COMPANIONS, copy_companions
 from megatron_jet.convert.global_checkpoint import GlobalCheckpoint
 from megatron_jet.convert.hf_files import OutTensor, write_hf_tensors
-from megatron_jet.convert.hf_import import COMPANIONS, check_output, copy_companions, finite
+from megatron_jet.convert.hf_import import finite
 from megatron_jet.convert.hf_package import auto_map, write_modeling_code
 from megatron_jet.convert.model_card import model_card
 from megatron_jet.convert.output_directory import replaced_directory
+from megatron_jet.convert.outputs import check_output, not_an_export
 from megatron_jet.convert.progress import ConversionProgress
 from megatron_jet.convert.weights import split_row
 from megatron_jet.mixers.params import ParamRow
 from megatron_jet.model.param_table import param_table
 
 Dtype = Literal["stored", "fp32", "bf16"]
-CARD = "README.md"
 COMMAND = "python tools/convert.py export CKPT OUT_HF_DIR"
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -60,7 +61,7 @@ def export_hf(
             Nothing is left half-written.
     """
     checkpoint, out = Path(checkpoint), Path(out)
-    check_output(out, checkpoint, force, "config.json")
+    check_output(out, checkpoint, force, not_an_export)
     if companions is not None and not Path(companions).is_dir():
         raise UserError(f"{companions}: no such directory; give one with the tokenizer's files")
     if shard_bytes <= 0:

@@ -1,6 +1,5 @@
 """Hugging Face directory -> Megatron checkpoint, tensor by tensor."""
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -10,27 +9,14 @@ from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import read_json
 from megatron_jet.configs.hf_format import model_from_hf
 from megatron_jet.configs.model import ModelConfig
-from megatron_jet.convert.global_checkpoint import COMPLETE_MARK, LazyTensor, write_checkpoint
+from megatron_jet.convert.companions import COMPANIONS, copy_companions
+from megatron_jet.convert.global_checkpoint import LazyTensor, write_checkpoint
 from megatron_jet.convert.hf_files import HfTensors
+from megatron_jet.convert.outputs import check_output, not_an_import
 from megatron_jet.convert.progress import ConversionProgress
 from megatron_jet.mixers.layouts import join
 from megatron_jet.mixers.params import ParamRow
 from megatron_jet.model.param_table import param_table
-
-COMPANIONS = "hf"  # folder beside the weights with config.json, tokenizer and the like, as they were
-
-# Names of the files that make a tokenizer and a config, and of the texts that must travel with a model.
-COMPANION_STEMS = (
-    "config",
-    "generation_config",
-    "tokenizer",
-    "special_tokens",
-    "added_tokens",
-    "vocab",
-    "merges",
-    "chat",
-)
-TEXTS = ("README.md", "LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 
 
 def import_hf(
@@ -55,7 +41,7 @@ def import_hf(
             existing `out`. Nothing is left half-written.
     """
     hf_dir, out = Path(hf_dir), Path(out)
-    check_output(out, hf_dir, force, COMPLETE_MARK)
+    check_output(out, hf_dir, force, not_an_import)
     if not hf_dir.is_dir():
         raise UserError(f"{hf_dir}: no such directory; give a Hugging Face model directory")
     config_path = hf_dir / "config.json"
@@ -68,25 +54,6 @@ def import_hf(
         tensors = {key: progress.watched(tensor) for key, tensor in tensors.items()}
     write_checkpoint(out, tensors, model.to_dict(), lambda directory: copy_companions(hf_dir, directory / COMPANIONS))
     return model
-
-
-def check_output(path: Path, source: Path, force: bool, mark: str) -> None:
-    """Raise UserError when an output is there already and may not be replaced.
-
-    Args:
-        path: the output directory.
-        source: what is read.
-        force: the user wants an earlier output replaced.
-        mark: file that every such output has; `force` removes nothing else than these.
-    """
-    if source.resolve().is_relative_to(path.resolve()):
-        raise UserError(f"{path}: the output would replace the input {source}; choose another output")
-    if not path.exists():
-        return
-    if not force:
-        raise UserError(f"{path} exists; choose another output or pass --force to replace it")
-    if not path.is_dir() or (any(path.iterdir()) and not (path / mark).is_file()):
-        raise UserError(f"{path} is not an earlier output (it has no {mark}); --force replaces nothing else")
 
 
 def check_tensors(model: ModelConfig, rows: list[ParamRow], source: HfTensors) -> None:
@@ -145,14 +112,3 @@ def _named(what: str, names: list[str]) -> str:
         return ""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"tensors {what}: {', '.join(sorted(names)[:3])}{more}"
-
-
-def copy_companions(source: Path, out: Path, skip: tuple[str, ...] = ()) -> None:
-    """Copy config, tokenizer files, card and licence; weights, code and what else lies beside them stay."""
-    out.mkdir(exist_ok=True)
-    for path in sorted(source.iterdir()):
-        text = path.suffix in (".json", ".txt", ".model", ".jinja", ".tiktoken")
-        named = path.name.startswith(COMPANION_STEMS) or path.suffix in (".model", ".tiktoken")
-        legal = path.name.startswith(TEXTS) and path.suffix in ("", ".md", ".txt")
-        if path.is_file() and (legal or (text and named)) and path.name not in skip:
-            shutil.copyfile(path, out / path.name)

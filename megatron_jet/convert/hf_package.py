@@ -12,6 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import read_json
+from megatron_jet.convert.companions import modeling_files
 from megatron_jet.convert.hf import configuration_megatron_jet, modeling_megatron_jet
 from megatron_jet.convert.hf.modeling_megatron_jet import JetNemotronForCausalLM, MegatronJetForCausalLM
 
@@ -32,12 +33,7 @@ def write_modeling_code(out_dir: Path | str) -> list[Path]:
     Returns:
         The files written.
     """
-    source = Path(modeling_megatron_jet.__file__).parent
-    written = []
-    for path in sorted(source.glob("*.py")):
-        if path.name != "__init__.py":
-            written.append(Path(shutil.copyfile(path, Path(out_dir) / path.name)))
-    return written
+    return [Path(shutil.copyfile(path, Path(out_dir) / path.name)) for path in modeling_files()]
 
 
 def auto_map(model_type: str) -> dict[str, str]:

@@ -22,9 +22,10 @@ def replaced_directory(path: str | Path) -> Iterator[Path]:
     """A temporary directory that takes the place of `path` when the block ends well, and vanishes when it does not.
 
     Its files have reached the disk before it gets its name. What a kill left of an earlier attempt at the same path is
-    removed, and the directory that was there before comes back if the kill fell between the two renames.
+    removed, and the directory that was there before comes back if the kill fell between the two renames. What a link
+    points to is replaced, not the link.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     prefix = f".{path.name}.partial-"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -37,6 +37,10 @@ def same(first: Path, second: Path) -> bool:
     return set(a) == set(b) and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
 
 
+def visible(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir() if not path.name.startswith(".")}
+
+
 def save_qwen2(directory: Path, dtype=torch.bfloat16, tied: bool = True) -> None:
     torch.manual_seed(0)
     config = Qwen2Config(

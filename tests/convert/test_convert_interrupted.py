@@ -6,7 +6,6 @@ import os
 import resource
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from convert.convert_cases import check_one_line, convert, copy_oracle, edit_tensors, load_script, same
+from convert.convert_cases import check_one_line, convert, copy_oracle, edit_tensors, load_script, same, visible
 from megatron_jet.convert.global_checkpoint import GlobalCheckpoint
 from megatron_jet.convert.output_directory import replaced_directory
 
@@ -74,10 +73,6 @@ def moments(tally: Path, among: int) -> list[int]:
     seen = json.loads(tally.read_text())
     renames = [i for i, event in enumerate(seen, 1) if event == "os.rename"][-3:]
     return sorted({*range(1, len(seen), len(seen) // among), *renames, *(i + 1 for i in renames)})
-
-
-def visible(directory: Path) -> set[str]:
-    return {path.name for path in directory.iterdir() if not path.name.startswith(".")}
 
 
 def is_complete(out: Path, like: Path) -> bool:
@@ -219,45 +214,3 @@ def test_every_file_has_reached_the_disk_before_the_directory_gets_its_name(orac
     monkeypatch.setattr("megatron_jet.convert.output_directory.os.rename", check)
     assert convert("import", oracle, tmp_path / "ckpt") == 0
     assert convert("export", tmp_path / "ckpt", tmp_path / "out") == 0
-
-
-# What --force may remove
-
-
-def test_force_removes_earlier_outputs_and_nothing_else(oracle, tmp_path, capsys):
-    assert convert("import", oracle, tmp_path / "ckpt") == 0
-    precious = tmp_path / "precious"
-    precious.mkdir()
-    assert convert("export", tmp_path / "ckpt", precious, "--force") == 0, "an empty directory may be used"
-    shutil.rmtree(precious)
-    precious.mkdir()
-    (precious / "thesis.txt").write_text("years of work")
-    (tmp_path / "file").write_text("text")
-    capsys.readouterr()
-    for arguments, named in [
-        (("export", tmp_path / "ckpt", precious), "not an earlier output"),
-        (("import", oracle, precious), "not an earlier output"),
-        (("import", oracle, tmp_path / "file"), "not an earlier output"),
-        (("export", tmp_path / "ckpt", tmp_path / "ckpt"), "would replace the input"),
-        (("import", oracle, tmp_path), "would replace the input"),
-    ]:
-        assert convert(*arguments, "--force") == 1
-        check_one_line(capsys, [named])
-    assert (precious / "thesis.txt").read_text() == "years of work"
-    assert visible(tmp_path) == {"hf", "ckpt", "precious", "file"}
-    assert same(oracle, oracle)
-
-
-@pytest.mark.parametrize("mask", [0o022, 0o007, 0o077])
-def test_outputs_follow_the_umask(mask, oracle, tmp_path):
-    before = os.umask(mask)
-    try:
-        assert convert("import", oracle, tmp_path / "ckpt") == 0
-        assert convert("export", tmp_path / "ckpt", tmp_path / "out") == 0
-    finally:
-        os.umask(before)
-    for top in (tmp_path / "ckpt", tmp_path / "out"):
-        assert stat.S_IMODE(top.stat().st_mode) == 0o777 & ~mask
-        for path in top.rglob("*"):
-            expected = (0o777 if path.is_dir() else 0o666) & ~mask
-            assert stat.S_IMODE(path.stat().st_mode) == expected, path

@@ -1,0 +1,33 @@
+"""The files that travel with a model beside its weights: config, tokenizer, card, licence and modeling code."""
+
+import shutil
+from pathlib import Path
+
+MODELING = Path(__file__).parent / "hf"  # the code that hybrids carry
+COMPANIONS = "hf"  # folder of a checkpoint that keeps them as they were
+CARD = "README.md"
+
+# Names of the files that make a tokenizer and a config, and of the texts that must travel with a model.
+STEMS = ("config", "generation_config", "tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat")
+TEXTS = (CARD, "LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+
+
+def modeling_files() -> list[Path]:
+    """The modeling code, in this tree."""
+    return [path for path in sorted(MODELING.glob("*.py")) if path.name != "__init__.py"]
+
+
+def is_companion(path: Path) -> bool:
+    """Whether a file is one of them, by its name."""
+    text = path.suffix in (".json", ".txt", ".model", ".jinja", ".tiktoken")
+    named = path.name.startswith(STEMS) or path.suffix in (".model", ".tiktoken")
+    legal = path.name.startswith(TEXTS) and path.suffix in ("", ".md", ".txt")
+    return legal or (text and named)
+
+
+def copy_companions(source: Path, out: Path, skip: tuple[str, ...] = ()) -> None:
+    """Copy them; weights, code and what else lies beside them stay."""
+    out.mkdir(exist_ok=True)
+    for path in sorted(source.iterdir()):
+        if path.is_file() and is_companion(path) and path.name not in skip:
+            shutil.copyfile(path, out / path.name)
