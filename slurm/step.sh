@@ -15,8 +15,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
 node="${SLURMD_NODENAME:-$(hostname -s)}"
 
 if [ "${POSTNAS_STEP:-run}" = preflight ]; then
-    # shellcheck disable=SC2086  # a command with arguments
-    exec $POSTNAS_PYTHON "$POSTNAS_CODE/slurm/preflight.py" "$node"
+    exec "$POSTNAS_PYTHON" "$POSTNAS_CODE/slurm/preflight.py" "$node"
 fi
 
 cd "$POSTNAS_CWD" 2>/dev/null || cd "$POSTNAS_RUN_DIR" || exit 1
@@ -24,5 +23,4 @@ cd "$POSTNAS_CWD" 2>/dev/null || cd "$POSTNAS_RUN_DIR" || exit 1
 # process that is saving are not lost.
 log="$POSTNAS_LOG_DIR/$POSTNAS_JOB.$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.$node.log"
 exec > >(trap '' USR1 TERM INT HUP; exec tee -a "$log") 2>&1
-# shellcheck disable=SC2086
-exec $POSTNAS_PYTHON -m "$POSTNAS_WORKER" "$POSTNAS_RUN_DIR" "$POSTNAS_TARGET"
+exec "$POSTNAS_PYTHON" -m "$POSTNAS_WORKER" "$POSTNAS_RUN_DIR" "$POSTNAS_TARGET"

@@ -18,11 +18,19 @@ case "$1 $2" in
     "show job") echo "JobId=7 EndTime=$(date -d '+1 hour' +%FT%T) ExcNodeList=${FAKE_EXCLUDED:-(null)} x" ;;
     "requeue 7") echo PENDING > "$FAKE/state" ;;
 esac""",
-    "srun": 'bash -c "${FAKE_SRUN:-true}"',
+    "sbatch": """
+echo "sbatch $*" >> "$FAKE/calls"
+[ -z "$FAKE_REFUSAL" ] || { echo "allocation failure: $FAKE_REFUSAL" >&2; exit 1; }""",
+    # The step's output goes to a file, as srun's own --output does.
+    "srun": """
+for word in "$@"; do case $word in --output=*) exec > "${word#--output=}" 2>&1 ;; esac; done
+bash -c "${FAKE_SRUN:-true}"
+""",
 }
 JOB = """
 cd "$FAKE"
 source "$POSTNAS_CODE/slurm/job.sh"
+postnas_sbatch=(--nodes=2 --comment="a b")
 postnas_begin
 (exit ${CODE:-0})
 exit $?
@@ -214,6 +222,66 @@ def test_when_no_node_answers_none_is_blamed(slurm):
     assert "ExcNodeList" not in slurm.calls
 
 
+def test_what_all_nodes_have_in_common_is_no_nodes_fault(slurm):
+    marks = preflight("n1.bad:0.5 GiB free", "n2.bad:0.5 GiB free") + "; exit 1"
+    done = slurm.attempt(0, 0, POSTNAS_PREFLIGHT="1", FAKE_SRUN=marks)
+    reason = "no single node to blame, all 2 are bad; n1: 0.5 GiB free"
+    assert f"preflight failed: {reason}; queueing again without excluding a node" in done.stdout
+    assert slurm.requeued
+    assert "ExcNodeList=n" not in slurm.calls
+    done = slurm.attempt(1, 0, POSTNAS_PREFLIGHT="1", FAKE_SRUN=marks)
+    assert done.returncode == 1
+    assert f"giving up: preflight failed 2 times, now: {reason}" in done.stdout
+    assert not slurm.requeued
+
+
+ALONE = {"SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1", "FAKE_NODES": "n1", "POSTNAS_PREFLIGHT": "1"}
+
+
+@pytest.mark.parametrize("code", [126, 127])
+def test_a_command_that_cannot_be_run_is_no_nodes_fault(slurm, code):
+    step = f"echo; echo '/v/bin/python: No such file or directory'; echo; exit {code}"
+    done = slurm.attempt(0, 0, FAKE_SRUN=step, **ALONE)
+    assert f"no single node to blame, n1: left with exit code {code}: /v/bin/python: No such file" in done.stdout
+    assert "ExcNodeList=n" not in slurm.calls
+    # Where the same command runs on another node, the node that lacks it is the bad one.
+    done = slurm.attempt(1, 0, POSTNAS_PREFLIGHT="1", FAKE_SRUN=f"{preflight('n1.ok:')}; {step}")
+    assert f"n2: left with exit code {code}: /v/bin/python" in done.stdout
+
+
+def test_reason_is_what_the_check_said_unless_its_time_ran_out(slurm):
+    done = slurm.attempt(0, 0, FAKE_SRUN="echo Bus error; exit 135", **ALONE)
+    assert "n1: left with exit code 135: Bus error; queueing again without n1" in done.stdout
+    # The step gets a minute more than the check.
+    late = slurm.attempt(1, 0, FAKE_SRUN="exec sleep 60", POSTNAS_PREFLIGHT_TIMEOUT="-58", **ALONE)
+    assert "n1: no answer within -58 seconds" in late.stdout
+
+
+def test_job_that_no_node_is_left_for_gives_up(slurm):
+    marks = preflight("n1.ok:", "n2.bad:disk is full") + "; exit 1"
+    refusal = "Requested node configuration is not available"
+    done = slurm.attempt(0, 0, POSTNAS_PREFLIGHT="1", FAKE_SRUN=marks, FAKE_EXCLUDED="n9", FAKE_REFUSAL=refusal)
+    assert done.returncode == 1
+    assert "giving up: preflight failed: n2: disk is full; the other nodes are too few for this job" in done.stdout
+    assert "sbatch --test-only --nodes=2 --comment=a b --exclude=n9,n2 --wrap=true" in slurm.calls
+    assert not slurm.requeued
+    silent_site = {"FAKE_REFUSAL": "Access denied", "SLURM_JOB_ID": "8"}
+    assert slurm.attempt(0, 0, POSTNAS_PREFLIGHT="1", FAKE_SRUN=marks, **silent_site).returncode == 75
+    assert "requeue 8" in slurm.calls
+
+
+def test_progress_forgives_failed_preflights(slurm):
+    marks = preflight("n1.ok:", "n2.bad:disk is full") + "; exit 1"
+    for restart in range(4):
+        slurm.attempt(2 * restart, 0, POSTNAS_PREFLIGHT="1", FAKE_SRUN=marks)
+        assert slurm.requeued, f"bad node number {restart + 1}, each after a new checkpoint"
+        checkpoint(slurm, restart)
+        slurm.attempt(2 * restart + 1, 75)
+    slurm.attempt(8, 0, POSTNAS_PREFLIGHT="1", FAKE_SRUN=marks)
+    done = slurm.attempt(9, 0, POSTNAS_PREFLIGHT="1", FAKE_SRUN=marks)
+    assert "giving up: preflight failed 2 times" in done.stdout
+
+
 def test_preflight_failures_have_a_limit(slurm):
     marks = preflight("n1.ok:", "n2.bad:disk is full") + "; exit 1"
     slurm.attempt(0, 0, POSTNAS_PREFLIGHT="1", FAKE_SRUN=marks)
@@ -253,6 +321,17 @@ STEP = {
     "POSTNAS_CODE": str(ROOT),
     "POSTNAS_WORKER": "jet_launcher.exit_codes",
 }
+
+
+def test_python_may_lie_in_a_path_with_spaces(tmp_path):
+    folder = tmp_path / "my venv"
+    folder.mkdir()
+    (folder / "python").write_text('#!/bin/sh\necho "here $1"\n')
+    (folder / "python").chmod(0o755)
+    python = str(folder / "python")
+    assert step(tmp_path, python).stdout == "here -m\n"
+    done = step(tmp_path, python, POSTNAS_STEP="preflight")
+    assert done.stdout == f"here {ROOT}/slurm/preflight.py\n"
 
 
 def step(tmp_path, python: str, **extra: str) -> subprocess.CompletedProcess[str]:

@@ -24,7 +24,7 @@ class JobPlace:
         run_dir: the run directory.
         code: the code that ships with the job.
         cwd: working directory of the processes; relative paths in a config start here.
-        python: command that starts Python on a node.
+        python: Python on a node: a path, or a name to be found in PATH.
         worker: module that runs a stage.
     """
 
@@ -78,6 +78,11 @@ def sbatch_options(job: Job, cluster: ClusterConfig) -> dict[str, str | int | bo
     return {key: value for key, value in {**options, **cluster.sbatch}.items() if value is not None}
 
 
+def sbatch_words(options: dict[str, str | int | bool]) -> list[str]:
+    """`sbatch_options` as sbatch reads them."""
+    return [f"--{key}" if value is True else f"--{key}={value}" for key, value in options.items()]
+
+
 def srun_options() -> list[str]:
     """Options of every step. Cores are left to the processes' own threads; PMIx is not needed and may be broken."""
     return ["--mpi=none", "--cpu-bind=none", "--kill-on-bad-exit=0", f"--wait={STEP_WAIT_SECONDS}"]
@@ -129,11 +134,14 @@ def setup_lines(job: Job, cluster: ClusterConfig, place: JobPlace) -> str:
     """Lines of the batch script before the step starts."""
     variables = {**_environment(cluster), **job_variables(job, cluster, place)}
     steps = [*srun_options(), *container_options(cluster, place)]  # preflight's, and the plain script's
+    # Preflight asks with them whether the job can start without some nodes; it adds those that are excluded already.
+    options = {key: value for key, value in sbatch_options(job, cluster).items() if key != "exclude"}
     return "\n".join(
         [
             "set +evx",
             *_exports(variables),
             f"postnas_srun=({' '.join(map(quote, steps))})",
+            f"postnas_sbatch=({' '.join(map(quote, sbatch_words(options)))})",
             'source "$POSTNAS_CODE/slurm/job.sh"',
             *(f"postnas_load_module {quote(module)}" for module in cluster.modules),
             *cluster.setup,
