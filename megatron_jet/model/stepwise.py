@@ -33,20 +33,16 @@ def run_layer(model: nn.Module, layer: int, hidden: Tensor, path: str | None = N
     return output
 
 
-def head(model: nn.Module, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
+def head(model: nn.Module, hidden: Tensor) -> Tensor:
     """Final norm and vocabulary projection.
 
     Args:
-        hidden: [s(/tp), b, h] after the last layer.
-        positions: indices into the sequence at which logits are wanted, or None for all (not with sequence
-            parallelism, where a rank holds only a part of the sequence).
+        hidden: [s(/tp), b, h] after the last layer. Without sequence parallelism, any tokens stacked in this way.
 
     Returns:
-        logits [b, s, vocab] or [b, len(positions), vocab], gathered over tensor-parallel ranks.
+        logits [b, s, vocab], gathered over tensor-parallel ranks.
     """
     gpt = unwrap(model)
-    if positions is not None:
-        hidden = hidden.index_select(0, positions)
     hidden = gpt.decoder.final_layernorm(hidden)
     weight = gpt.shared_embedding_or_output_weight() if gpt.share_embeddings_and_output_weights else None
     logits, _ = gpt.output_layer(hidden, weight=weight, runtime_gather_output=True)

@@ -95,7 +95,8 @@ class PlanScorer:
 
         def leaf(plan: int, hidden: Tensor) -> None:
             scorer = Scorer(evalset)
-            scorer.update(unit.rows, head(self.model, hidden).float())
+            # A vocabulary is many times wider than the hidden state: the head sees scored positions only.
+            scorer.update_scored(unit.rows, hidden.transpose(0, 1), self._logits)
             sums[plan] = scorer.sums()
 
         def layer(depth: int, entry: str, hidden: Tensor) -> Tensor:
@@ -103,6 +104,10 @@ class PlanScorer:
 
         walk(trie, embed(self.model, tokens), layer, leaf)
         return sums
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Any tokens [n, h] -> [n, vocab] fp32."""
+        return head(self.model, hidden[:, None])[0].float()
 
     def _merged(self, sums: dict[int, list[dict[str, float]]], plan: int) -> Scores:
         scorers = [Scorer(evalset) for evalset in self.sets]

@@ -1,6 +1,7 @@
 """What accuracy means: fixed sequences with scored positions, and a scorer that sees logits piece by piece."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_jet.configs.training import LOGIT_CHUNK_TOKENS
 from megatron_jet.data.index import read_index, split_info
 from megatron_jet.data.packing import WindowStream
 
@@ -81,15 +83,33 @@ class Scorer:
 
         Args:
             rows: which sequences of the eval set.
-            logits: [rows, s, vocab], fp32.
+            logits: [rows, s, vocab].
         """
-        labels = self.evalset.labels[rows].to(logits.device)
+        self.update_scored(rows, logits, lambda picked: picked.float())
+
+    def update_scored(self, rows: slice, values: Tensor, logits_of: Callable[[Tensor], Tensor]) -> None:
+        """Add sequences; logits exist at scored positions only, and of at most LOGIT_CHUNK_TOKENS of them at a time.
+
+        Args:
+            rows: which sequences of the eval set.
+            values: what logits are made of [rows, s, ...], such as hidden states.
+            logits_of: [n, ...] values -> [n, vocab] fp32.
+        """
+        labels = self.evalset.labels[rows].to(values.device)
         scored = labels != IGNORED
-        picked, answers = logits[scored], labels[scored]  # [answers, vocab], [answers]
+        answers = labels[scored]  # [answers]
+        losses = [torch.zeros(0, device=values.device)]
+        right = [torch.zeros(0, dtype=torch.bool, device=values.device)]
+        for picked, part in zip(values[scored].split(LOGIT_CHUNK_TOKENS), answers.split(LOGIT_CHUNK_TOKENS)):
+            if not len(part):
+                continue
+            logits = logits_of(picked)
+            losses.append(F.cross_entropy(logits, part, reduction="none"))
+            right.append(self._predictions(logits) == part)
         # Sums over many tokens are taken in fp64, so that their order does not show.
-        self._sums["loss"] += F.cross_entropy(picked, answers, reduction="none").double().sum().item()
+        self._sums["loss"] += torch.cat(losses).double().sum().item()
         hits = torch.zeros_like(labels, dtype=torch.float64)
-        hits[scored] = (self._predictions(picked) == answers).double()
+        hits[scored] = torch.cat(right).double()
         correct, total = hits.sum(-1), scored.double().sum(-1)  # [rows], [rows]
         for name, per_row in {
             "scored": total,

@@ -53,6 +53,31 @@ def test_loss_sets_have_no_accuracy():
     assert scorer.result() == {"loss": pytest.approx(math.log(8))}
 
 
+def test_logits_exist_at_scored_positions_only_and_in_chunks(monkeypatch):
+    """Hidden states are one-hot here and the head doubles them, so what comes out is known."""
+    monkeypatch.setattr("megatron_jet.tasks.evalset.LOGIT_CHUNK_TOKENS", 2)
+    logits, seen = logits_for([[0, 3, 1], [5, 0, 0]]), []
+
+    def head(picked):
+        seen.append(picked)
+        return 2 * picked
+
+    whole, chunked = Scorer(evalset("exact")), Scorer(evalset("exact"))
+    whole.update(slice(0, 2), logits)
+    chunked.update_scored(slice(0, 2), logits / 2, head)
+    assert chunked.sums() == whole.sums()
+    assert [tuple(picked.shape) for picked in seen] == [(2, 8), (1, 8)]
+    assert torch.equal(torch.cat(seen), logits[torch.tensor([0, 0, 1]), torch.tensor([1, 2, 0])] / 2)
+
+
+def test_sequences_without_answers_count_as_none():
+    unscored = evalset("exact")
+    unscored.labels.fill_(-100)
+    scorer = Scorer(unscored)
+    scorer.update(slice(0, 2), torch.zeros(2, 3, 8))
+    assert scorer.result() == {"loss": 0.0, "accuracy": 0.0, "error": 0.0, "sequences": 0}
+
+
 def test_pieces_merge_to_the_whole():
     logits = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
     whole, first, second = (Scorer(evalset("exact")) for _ in range(3))
