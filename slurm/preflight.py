@@ -93,9 +93,13 @@ def check_node(job: Job) -> None:
     if job.gpus:
         check_gpus(job)
     if job.command:
-        done = subprocess.run(
-            ["bash", "-c", job.command], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=job.left
-        )
+        began = time.monotonic()
+        try:
+            done = subprocess.run(
+                ["bash", "-c", job.command], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=job.left
+            )
+        except subprocess.TimeoutExpired:
+            raise Bad(f"site check has not ended after {time.monotonic() - began:.0f} seconds") from None
         if done.returncode:
             said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:] or [""]
             raise Bad(f"site check left with {done.returncode}: {said[0][:200]}")

@@ -57,6 +57,12 @@ def test_fit(check):
     assert set(files) == {"n1.here", "n1.ready", "n1.ok"}
 
 
+def test_a_site_check_that_hangs_makes_the_node_bad(check):
+    done, files = check({}, POSTNAS_PREFLIGHT_COMMAND="sleep 50; true", POSTNAS_PREFLIGHT_TIMEOUT="1")
+    assert done.returncode == 1
+    assert files == {"n1.bad": "site check has not ended after 1 seconds"}
+
+
 def test_another_megatron_is_nobody_s_fault(check):
     done, files = check({"megatron-core": "0.15.0"})
     assert done.returncode == 2
