@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,16 +90,26 @@ def forecast(
     else:
         seconds = sum(_seconds(stage, by_name.get(stage)) for stage in todo) + (START_SECONDS if todo else 0.0)
         basis = "from FLOPs"
-    disk = BASE_DISK_BYTES + sum(by_name[stage].disk_bytes for stage in todo if stage in by_name)
-    return Forecast(estimate, disk if todo else 0, free_bytes(run.path), seconds, basis)
+    return Forecast(estimate, disk_needed(estimate, todo), free_bytes(run.path), seconds, basis)
+
+
+def disk_needed(estimate: RunEstimate, todo: Collection[str]) -> int:
+    """Bytes that the stages of `todo` will take at most."""
+    return BASE_DISK_BYTES + sum(stage.disk_bytes for stage in estimate.stages if stage.stage in todo) if todo else 0
 
 
 def check_disk(expected: Forecast, run: RunDirectory) -> None:
     """Raise UserError when the disk is smaller than the forecast."""
-    if expected.disk_bytes > expected.free_bytes:
+    check_space(expected.disk_bytes, run)
+
+
+def check_space(needed: int, run: RunDirectory) -> None:
+    """Raise UserError when the disk of the run directory has less than `needed` bytes free."""
+    free = free_bytes(run.path)
+    if needed > free:
         raise UserError(
-            f"{run.path}: the run needs up to {format_bytes(expected.disk_bytes)} but the disk has "
-            f"{format_bytes(expected.free_bytes)} free; give an --output on another one"
+            f"{run.path}: the run needs up to {format_bytes(needed)} but the disk has {format_bytes(free)} free; give "
+            "an --output on another one"
         )
 
 

@@ -1,5 +1,6 @@
 """The options of `run` and `resume`, and the check of a config's inputs that both start with."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.run import RunConfig
 from megatron_jet.configs.teacher_source import resolve_teacher, teacher_model, tokenizer_directory
-from megatron_jet.data.checks import check_data
+from megatron_jet.data.checks import check_data, repeated_sources
 from megatron_jet.data.index import read_index
 
 
@@ -42,3 +43,19 @@ def check_inputs(config: RunConfig) -> ModelConfig:
         tokenizer = tokenizer_directory(config.teacher)
         check_data(config, read_index(config.data.path), teacher, tokenizer)
     return teacher
+
+
+def inputs_problem(config: RunConfig) -> str | None:
+    """What keeps a run from starting here; None: nothing. For a dry run, which goes on without its inputs."""
+    try:
+        check_inputs(config)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def data_notes(config: RunConfig, stages: Sequence[str]) -> list[str]:
+    """What to know about the data before the stages start, one line each. The inputs are checked already."""
+    if config.data.path == "bundled":
+        return []
+    return repeated_sources(config, read_index(config.data.path), stages)

@@ -1,6 +1,6 @@
 """Whether prepared data have what a run reads of them. Looks at index.json alone, so a login node can ask. No torch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_jet.configs.errors import UserError
@@ -9,6 +9,8 @@ from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.run import RunConfig
 from megatron_jet.configs.stages import SEARCH_STAGES, SELECTION_STAGES, PlacementConfig
 from megatron_jet.data.index import DataIndex, SourceInfo, SplitInfo, split_info
+
+USEFUL_PASSES = 4  # repeating data up to here is almost as good as new data (Muennighoff et al. 2023)
 
 
 def check_data(config: RunConfig, index: DataIndex, teacher: ModelConfig, tokenizer: Path) -> None:
@@ -74,6 +76,27 @@ def check_training(config: RunConfig, index: DataIndex, stage: str) -> None:
                 f"{stage}.training.seq_length={training.seq_length}: '{source}' has a sample of {tokens} tokens; "
                 f"raise it, or prepare the data with --seq-length {training.seq_length}, which leaves longer ones out"
             )
+
+
+def repeated_sources(config: RunConfig, index: DataIndex, stages: Sequence[str]) -> list[str]:
+    """A line for each stage that reads a source more often than repetition helps."""
+    notes = []
+    for stage in stages:
+        training = getattr(config.stage(stage), "training", None)
+        if training is None:
+            continue
+        tokens = split_info(index, config.data.train_split, config.data.path).sources
+        own = getattr(config.stage(stage), "blend", None)
+        blend = (config.data.blend if own is None else own) or tokens
+        total = sum(blend.values())
+        passes = {name: training.tokens * weight / total / max(1, tokens[name]) for name, weight in blend.items()}
+        source, most = max(passes.items(), key=lambda item: item[1])
+        if most > USEFUL_PASSES:
+            notes.append(
+                f"{stage} reads source '{source}' ({tokens[source]:,} training tokens) about {most:,.0f} times; more "
+                f"than {USEFUL_PASSES} passes teach little"
+            )
+    return notes
 
 
 def check_objectives(settings: PlacementConfig, sources: Mapping[str, SourceInfo]) -> None:

@@ -10,7 +10,7 @@ from megatron_jet.configs.recipes.distill import jet_nemotron_2b_distill
 from megatron_jet.configs.recipes.jet_nemotron import jet_nemotron_2b, jet_nemotron_4b
 from megatron_jet.configs.recipes.known_models import qwen2_5_1_5b
 from megatron_jet.configs.recipes.tiny import tiny
-from megatron_jet.data.checks import check_data, check_objectives
+from megatron_jet.data.checks import check_data, check_objectives, repeated_sources
 from megatron_jet.data.index import DataIndex, SourceInfo, SplitInfo, read_index
 from megatron_jet.data.prepare import Request, prepare
 
@@ -132,6 +132,18 @@ def test_data_of_another_tokenizer_are_refused(byte_tokenizer, tmp_path):
     small = qwen2_5_1_5b().replace(vocab_size=512)
     with pytest.raises(UserError, match="for a vocabulary of 151936, the teacher's has 512"):
         check_data(config, PAPER, small, byte_tokenizer)
+
+
+def test_data_that_are_read_many_times_are_noted():
+    """50 billion tokens of 1,000: whoever starts this should know."""
+    config = jet_nemotron_2b()
+    lines = repeated_sources(config, PAPER, ("prepare", "stage1", "stage2"))
+    assert lines[0].startswith("stage1 reads source ") and "(1,000 training tokens) about 16,666," in lines[0]
+    assert len(lines) == 2 and lines[1].startswith("stage2 reads")
+    large = PAPER.replace(splits={"train": SplitInfo(sources={"text": 100_000_000_000, "qa": 10_000}, shards=[])})
+    assert repeated_sources(config, large, ("stage1",)) == []
+    much = config.replace(data=config.data.replace(blend={"text": 0.5, "qa": 0.5}))
+    assert "source 'qa' (10,000 training tokens) about 2,500,0" in repeated_sources(much, large, ("stage1",))[0]
 
 
 @pytest.mark.parametrize(
