@@ -8,7 +8,8 @@ from typing import Any
 
 from jet_launcher.clusters import load_cluster, read_cluster, ssh_tunnel
 from jet_launcher.exit_codes import DONE
-from jet_launcher.options import LaunchOptions, check_inputs
+from jet_launcher.forecast import check_space, disk_needed
+from jet_launcher.options import LaunchOptions, check_inputs, data_notes, inputs_problem
 from jet_launcher.prefetch import refuse_missing
 from jet_launcher.remote import launch_remotely
 from jet_launcher.run_directory import RunDirectory, check_directory, check_upstream_results, open_run
@@ -18,6 +19,7 @@ from jet_launcher.slurm.record import read_record
 from megatron_jet.configs.cluster import TunnelConfig
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.run import RunConfig
+from megatron_jet.configs.run_estimate import estimate_run
 from megatron_jet.configs.teacher_source import expand_paths, teacher_model
 
 
@@ -87,7 +89,12 @@ def continue_on_cluster(
         raise UserError(f"{run.id} is here, but cluster '{target.name}' is behind SSH; start a new run there")
     stream = sys.stderr if options.as_json else sys.stdout
     check_upstream_results(config, stages, run.path)
-    record = submit_run(run, config, check_inputs(config), stages, target, stream)
+    teacher = check_inputs(config)
+    todo = [stage for stage in stages if not (run.stage(stage) / "result.json").is_file()]
+    check_space(disk_needed(estimate_run(config, teacher), todo), run)
+    for note in data_notes(config, todo):
+        print(f"note: {note}", file=stream)
+    record = submit_run(run, config, teacher, stages, target, stream)
     code = wait_for(run, stream) if options.wait else DONE
     if options.as_json:
         views = job_views(run, record)
@@ -105,9 +112,9 @@ def refuse_live_jobs(run: RunDirectory) -> None:
 
 
 def _dry_run(config: RunConfig, stages: tuple[str, ...], options: LaunchOptions, target: Target, root: Path) -> int:
-    missing = None
     try:
         config = expand_paths(config)
+        missing = inputs_problem(config)
     except UserError as error:
         missing = str(error)
     output = options.output or root / f"{config.recipe}-TIME"

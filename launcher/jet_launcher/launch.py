@@ -14,7 +14,7 @@ from jet_launcher.exit_codes import DONE
 from jet_launcher.forecast import Forecast, check_disk, check_layout, forecast
 from jet_launcher.local import Outcome, run_local, shown_id
 from jet_launcher.lock import run_lock
-from jet_launcher.options import LaunchOptions, check_inputs
+from jet_launcher.options import LaunchOptions, check_inputs, data_notes, inputs_problem
 from jet_launcher.processes import worker_command
 from jet_launcher.progress import make_display
 from jet_launcher.provenance import last_stages, record_launch
@@ -90,6 +90,8 @@ def execute(
         with run_lock(run.lock_file):
             record_launch(run, config, stages)
             _announce(run, stages, expected, stream)
+            for note in data_notes(config, stages):
+                print(f"note: {note}", file=stream, flush=True)
             display = make_display(stream)
             try:
                 outcome = run_local(run, stages, config.nproc, display)
@@ -132,7 +134,7 @@ def _dry_run(config: RunConfig, stages: tuple[str, ...], options: LaunchOptions)
     """Print what would happen. Works without the teacher, the data and the variables that name them."""
     try:
         config = expand_paths(config)
-        missing = None
+        missing = inputs_problem(config)
     except UserError as error:
         missing = str(error)
     teacher = teacher_model(config.teacher)
@@ -161,6 +163,6 @@ def _dry_run(config: RunConfig, stages: tuple[str, ...], options: LaunchOptions)
     print(model_text("student (planned)", estimate.student, CONTEXT_SHOWN) + "\n")
     print(run_text(estimate))
     if missing:
-        print(f"\nnot set here: {missing}")
+        print(f"\nnot ready here: {missing}")
     print("nothing was written (--dryrun)")
     return DONE

@@ -115,6 +115,38 @@ def test_heads_that_do_not_divide_by_tensor_parallel(launcher, workplace, teache
     assert "4 heads do not divide by tensor_parallel=8" in err
 
 
+def test_data_are_checked_before_anything_is_written(launcher, workplace, teacher, tmp_path):
+    """From index.json alone: what the placement is scored on, and what a stage blends."""
+    data = tmp_path / "prepared"
+    data.mkdir()
+    split = {"sources": {"text": 1000, "qa": 500}, "shards": [], "longest": {"qa": 200}}
+    index = {"vocab_size": 448, "end_of_text": 1, "seq_length": 256, "tokenizer_hash": "-"}
+    index["sources"] = {
+        "text": {"packing": "stream", "metric": "loss"},
+        "qa": {"packing": "whole", "metric": "exact"},
+    }
+    index["splits"] = dict.fromkeys(("train", "search", "heldout"), split)
+    (data / "index.json").write_text(json.dumps(index))
+    arguments = ["run", "tiny", f"teacher.path={teacher}", f"data.path={data}", "data.blend=null"]
+    for overrides, message in (
+        ([], "placement.objective: 'recall' is not in the search split; known: qa; set placement.objective"),
+        (["placement.objective=qa"], "placement.swa_objective: 'choice' is not in the search split; known: qa, text"),
+        (
+            ["placement.objective=qa", "placement.swa_objective=qa", "stage2.blend={maths: 1}"],
+            "stage2.blend: the data have no source 'maths' in split 'train'; they have qa, text",
+        ),
+        (
+            ["placement.objective=qa", "placement.swa_objective=qa", "stage1.training.seq_length=128"],
+            "stage1.training.seq_length=128: 'qa' has a sample of 200 tokens",
+        ),
+    ):
+        code, _, err = launcher(*arguments, *overrides)
+        assert code == 1 and message in err and len(err.strip().splitlines()) == 1
+        code, out, _ = launcher(*arguments, *overrides, "--dryrun")
+        assert code == 0 and f"not ready here: {message}" in out
+    assert os.listdir(workplace) == []
+
+
 def test_broken_teacher_config_names_the_file(launcher, teacher):
     (teacher / "config.json").write_text('{"model_type": "qwen2"')
     code, _, err = launcher("run", "tiny", f"teacher.path={teacher}")

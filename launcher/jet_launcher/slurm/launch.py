@@ -60,6 +60,8 @@ def submit_run(
         if record is None:
             raise UserError(f"{run.id} is finished already and has no record of a cluster; see `status {run.id}`")
         return record
+    for note in graph.notes:
+        print(f"note: {note}", file=stream)
     waits_for = {
         job.name: [live[name] for name in graph_job(graph, job.name).depends if name in live] for job in missing.jobs
     }
@@ -181,6 +183,6 @@ def dry_run(
         print(f"\n{'=' * 20} {job.name}: sbatch --requeue{after} <<'EOF'\n{scripts[job.name]}\nEOF")
         print(f"{'-' * 20} {place.step_script(job)}\n{step_script(job, target.cluster, place)}")
     if missing:
-        print(f"not set here: {missing}")
+        print(f"not ready here: {missing}")
     print("nothing was written, nothing was submitted (--dryrun)")
     return DONE
