@@ -2,10 +2,11 @@
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from megatron.core import optimizer as megatron_optimizer
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
@@ -70,35 +71,41 @@ class Optimizer:
         config: optimiser settings.
         dtype: of the parameters; bf16 ones get fp32 main copies.
         distributed: shard the state over data-parallel ranks.
+        undrawn: steps may leave parameters out, as a supernet's do. Then Adam is torch's, which counts steps for every
+            parameter. The fused ones of Transformer Engine and Apex, otherwise taken where installed, count them for
+            all together, and would correct the moments of a path for steps that it took no part in.
     """
 
     def __init__(
-        self, chunks: list[DistributedDataParallel], config: OptimizerConfig, *, dtype: torch.dtype, distributed: bool
+        self,
+        chunks: list[DistributedDataParallel],
+        config: OptimizerConfig,
+        *,
+        dtype: torch.dtype,
+        distributed: bool,
+        undrawn: bool = False,
     ):
         self.chunks = chunks
         self.config = config
         # The distributed optimiser's fp32 shards are views of the weights, and torch warns that they have gradients.
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-        chained = get_megatron_optimizer(
-            MegatronOptimizerConfig(
-                optimizer="adam",
-                lr=config.lr,
-                weight_decay=config.weight_decay,
-                adam_beta1=config.beta1,
-                adam_beta2=config.beta2,
-                adam_eps=config.eps,
-                clip_grad=config.clip_grad,
-                params_dtype=dtype,
-                bf16=dtype == torch.bfloat16,
-                use_distributed_optimizer=distributed,
-            ),
-            chunks,
-            config_overrides={
-                ParamKey(predicate=ParamPredicate("no_weight_decay", has_no_weight_decay)): ParamGroupOverride(
-                    wd_mult=0.0
-                )
-            },
+        settings = MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.beta1,
+            adam_beta2=config.beta2,
+            adam_eps=config.eps,
+            clip_grad=config.clip_grad,
+            params_dtype=dtype,
+            bf16=dtype == torch.bfloat16,
+            use_distributed_optimizer=distributed,
         )
+        vectors = ParamKey(predicate=ParamPredicate("no_weight_decay", has_no_weight_decay))
+        with _torch_adam() if undrawn else nullcontext():
+            chained = get_megatron_optimizer(
+                settings, chunks, config_overrides={vectors: ParamGroupOverride(wd_mult=0.0)}
+            )
         (self.megatron,) = chained.chained_optimizers  # a second one exists for mixture-of-experts models only
         for group in self.megatron.param_groups:
             group["weight_decay"] = config.weight_decay * group["wd_mult"]
@@ -182,6 +189,17 @@ class Optimizer:
         """Adam's state of a parameter (with the distributed optimiser, of this rank's shard); {} if none is here."""
         main = self._main_tensor.get(parameter)
         return {} if main is None else self.megatron.optimizer.state[main]
+
+
+@contextmanager
+def _torch_adam() -> Iterator[None]:
+    """Inside, Megatron makes torch's AdamW even where Transformer Engine or Apex is installed. It has no setting."""
+    before = megatron_optimizer.USING_PYTORCH_OPTIMIZER
+    megatron_optimizer.USING_PYTORCH_OPTIMIZER = True
+    try:
+        yield
+    finally:
+        megatron_optimizer.USING_PYTORCH_OPTIMIZER = before
 
 
 def main_tensors(optimizer: MegatronOptimizer) -> dict[nn.Parameter, Tensor]:

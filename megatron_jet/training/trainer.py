@@ -67,7 +67,11 @@ class Trainer:
         self.models = self._wrap(self.student, self._build_teacher())
         training = job.training
         self.optimizer = Optimizer(
-            self.models, training.optimizer, dtype=DTYPES[job.dtype], distributed=training.distributed_optimizer
+            self.models,
+            training.optimizer,
+            dtype=DTYPES[job.dtype],
+            distributed=training.distributed_optimizer,
+            undrawn=job.sampling is not None,
         )
         self.loader = self._loader(job.data.train_split)
         self.folder = CheckpointFolder(job.out / "checkpoints", job.config_hash(), job.model.to_dict())

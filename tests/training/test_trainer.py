@@ -132,6 +132,46 @@ def test_two_processes_equal_one_and_resume_bit_exactly(pool, undisturbed, tmp_p
     assert_equal((resumed[0][0], resumed[0][1], resumed[0][2]), straight[0])
 
 
+class FusedAdam(torch.optim.AdamW):
+    """What Transformer Engine's looks like to Megatron: `step` is one number per group."""
+
+    def __init__(self, params, adam_w_mode: bool, **options):
+        super().__init__(params, **options)
+        for group in self.param_groups:
+            group["step"] = 1
+
+    def step(self, closure=None):
+        raise NotImplementedError("it runs on GPUs")
+
+
+def train_beside_transformer_engine(out: Path, changes: dict, interrupt: int | None) -> tuple:
+    """Worker: `train_case` as on a machine where Megatron finds Transformer Engine's Adam."""
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (optimizer, distrib_optimizer):
+            patch.setattr(module, "Adam", FusedAdam)
+        patch.setattr(optimizer, "USING_PYTORCH_OPTIMIZER", False)
+        patch.setattr(distrib_optimizer, "HAVE_APEX_OR_TE", True)
+        patch.setattr(distrib_optimizer, "USING_TE_OPTIMIZER", True)
+        return train_case(out, changes, interrupt=interrupt)
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_supernets_count_steps_by_path_beside_transformer_engine(pool, tmp_path, distributed):
+    """Whatever Adam is installed, a path's moments are corrected for the steps it was drawn in; after a resume, too."""
+    changes = [supernet({"distributed_optimizer": distributed}) for _ in range(2)]
+    expected = pool.run(train_case, tmp_path / "a", changes[0], world_size=1)[0]
+    got = pool.run(train_beside_transformer_engine, tmp_path / "b", changes[1], 3, world_size=1)[0]
+    assert_equal(got, expected)
+
+
+def test_plain_training_takes_the_fused_adam(pool, tmp_path):
+    with pytest.raises(AssertionError, match="it runs on GPUs"):
+        pool.run(train_beside_transformer_engine, tmp_path, {}, None, world_size=1)
+
+
 @pytest.mark.parametrize("distributed", [False, True])
 @pytest.mark.parametrize("first, second", [((TP2, 2), (PP2, 2)), ((ONE, 2), (ONE, 1))], ids=["tp2-pp2", "dp2-one"])
 def test_resume_at_another_layout(pool, undisturbed, tmp_path, first, second, distributed):
