@@ -58,7 +58,7 @@ def test_fit(check):
 
 
 def test_a_site_check_that_hangs_makes_the_node_bad(check):
-    done, files = check({}, POSTNAS_PREFLIGHT_COMMAND="sleep 50; true", POSTNAS_PREFLIGHT_TIMEOUT="1")
+    done, files = check({}, POSTNAS_PREFLIGHT_COMMAND="sleep 15; true", POSTNAS_PREFLIGHT_TIMEOUT="1")
     assert done.returncode == 1
     assert files == {"n1.bad": "site check has not ended after 1 seconds"}
 
