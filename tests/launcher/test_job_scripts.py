@@ -59,6 +59,15 @@ def test_nemo_runs_replacement_does_not_touch_values(tmp_path):
     assert environment_after(replaced, tmp_path)["NEMO"] == HOSTILE["NEMO"]
 
 
+def test_nemo_runs_replacement_does_not_touch_setup_lines(tmp_path):
+    lines = ("if true; then", "  export SEEN='it''s '/nemo_run/x\"$(echo /nemo_run)\"", "fi", "export LAST=$SEEN")
+    cluster = ClusterConfig(setup=lines)
+    replaced = setup_lines(JOB, cluster, place(tmp_path)).replace("/nemo_run", "/somewhere/else")
+    seen = environment_after(replaced, tmp_path)
+    assert seen["LAST"] == "its /nemo_run/x/nemo_run"
+    assert environment_after(step_script(JOB, cluster, place(tmp_path)), tmp_path)["LAST"] == seen["LAST"]
+
+
 def test_modules_are_quoted_and_come_before_the_setup_lines(tmp_path):
     cluster = ClusterConfig(modules=("cuda/13", "a b; touch pwned"), setup=('export SEEN="$LOADED"',))
     seen = environment_after(setup_lines(JOB, cluster, place(tmp_path)), tmp_path)

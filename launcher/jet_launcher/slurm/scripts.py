@@ -144,7 +144,7 @@ def setup_lines(job: Job, cluster: ClusterConfig, place: JobPlace) -> str:
             f"postnas_sbatch=({' '.join(map(quote, sbatch_words(options)))})",
             'source "$POSTNAS_CODE/slurm/job.sh"',
             *(f"postnas_load_module {quote(module)}" for module in cluster.modules),
-            *cluster.setup,
+            *_shell_code(cluster.setup),
             "postnas_begin",
         ]
     )
@@ -164,6 +164,13 @@ def quote(value: str) -> str:
     keeps a user's value as it is.
     """
     return shlex.quote(value).replace("/nemo_run", "/nemo''_run")
+
+
+def _shell_code(lines: tuple[str, ...]) -> list[str]:
+    """The user's lines for a script that NeMo-Run writes: it must not replace a `/nemo_run` in them either."""
+    if not any("/nemo_run" in line for line in lines):
+        return list(lines)
+    return [f"eval {quote(chr(10).join(lines))}"]
 
 
 def default_python(cluster: ClusterConfig, own: str) -> str:
