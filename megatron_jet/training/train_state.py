@@ -146,10 +146,10 @@ class CheckpointFolder:
 
     def _prune(self, best_step: int | None) -> None:
         for old in self._steps()[:-KEEP_LAST]:
-            shutil.rmtree(old)
+            _remove(old)
         for best in self.path.glob("best-*"):
             if best_step is None or best != self.best_directory(best_step):
-                shutil.rmtree(best)
+                _remove(best)
 
     def _steps(self) -> list[Path]:
         return sorted(self.path.glob("step-*"))
@@ -295,6 +295,15 @@ def _clear(temporary: Path) -> None:
     """An empty folder to write to. What an earlier, killed save left there goes."""
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / "state").mkdir(parents=True)
+
+
+def _remove(directory: Path) -> None:
+    """Delete an old checkpoint, or as much of it as goes: NFS keeps .nfs* files while somebody has one open. What is
+    left is tried again after the next save, and training goes on."""
+    problems: list[str] = []
+    shutil.rmtree(directory, onexc=lambda function, path, error: problems.append(f"{path}: {error}"))
+    if problems:
+        log.warning("%s could not be deleted (%s)", directory, problems[0])
 
 
 def _replace(temporary: Path, final: Path) -> None:

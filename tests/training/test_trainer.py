@@ -267,6 +267,25 @@ def test_full_disk_is_one_line_and_leaves_the_earlier_checkpoint(stopped, undist
     assert run_job(stopped).final_losses == undisturbed["distill"][0]
 
 
+def test_a_checkpoint_that_cannot_be_deleted_does_not_end_training(single_rank, tmp_path, monkeypatch, caplog):
+    """As on NFS: the directory of a file that somebody has open stays, and goes with a later checkpoint."""
+    case = job(tmp_path, training={"checkpoint_interval": 1, "steps": 5})
+    write_models(case)
+    real, refused = os.rmdir, []
+
+    def busy(path, **options):
+        if not refused and "step-00000001" in os.readlink(f"/proc/self/fd/{options['dir_fd']}"):
+            refused.append(path)
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), path)
+        return real(path, **options)
+
+    monkeypatch.setattr(os, "rmdir", busy)
+    result = run_job(case)
+    assert result.steps == 5 and refused
+    assert "step-00000001 could not be deleted" in caplog.text
+    assert sorted(path.name for path in newest(case).parent.iterdir()) == ["step-00000004", "step-00000005"]
+
+
 def poisoned(step: int):
     """A logit loss that is not a number in one step of four micro-batches."""
     from megatron_jet.training import distill
