@@ -60,6 +60,43 @@ def test_left_padded_prompts_in_short_chunks(model):
     assert torch.equal(greedy(model, *padded(prompts), prefill_chunk_size=7), greedy(model, *padded(prompts)))
 
 
+@pytest.mark.parametrize("chunk", range(1, 13))
+def test_right_padded_prompts_in_chunks_of_any_length(model, chunk):
+    """The last column goes on from each row's last real token, however many passes ago that was."""
+    prompts = [random_tokens(length, seed=length) for length in (1, 4, 7, 12)]
+    tokens, mask = padded(prompts, "right")
+    cache, seen = HybridCache(model.config), 0
+    with torch.no_grad():
+        for part in tokens.split(chunk, 1):
+            seen += part.shape[1]
+            last = model(part, attention_mask=mask[:, :seen], past_key_values=cache).logits[:, -1]
+        for row, prompt in enumerate(prompts):
+            alone = model(prompt[None], use_cache=False).logits[0, -1]
+            assert (last[row] - alone).abs().max() < 1e-10 * alone.abs().max(), f"row {row}"
+    together = greedy(model, tokens, mask, prefill_chunk_size=chunk)
+    for row, prompt in enumerate(prompts):
+        alone = greedy(model, prompt[None], torch.ones(1, len(prompt), dtype=torch.long))
+        assert torch.equal(together[row, -12:], alone[0, -12:])
+
+
+def test_the_last_real_token_follows_its_row_through_the_cache(model):
+    """Rows of a cache that are reordered, picked, repeated: a pass of padding shows where each goes on from."""
+    prompts = [random_tokens(length, seed=length) for length in (3, 9, 5)]
+    with torch.no_grad():
+        alone = torch.stack([model(prompt[None], use_cache=False).logits[0, -1] for prompt in prompts])
+        for change, rows in [
+            (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
+            (lambda cache: cache.batch_select_indices(torch.tensor([1])), [1]),
+            (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+        ]:
+            tokens, mask = padded(prompts, "right")
+            cache = model(tokens, attention_mask=mask, use_cache=True).past_key_values
+            change(cache)
+            nothing = torch.zeros(len(rows), 2, dtype=torch.long)
+            logits = model(nothing, attention_mask=nothing, past_key_values=cache).logits
+            assert (logits - alone[rows][:, None]).abs().max() < 1e-10 * alone.abs().max()
+
+
 def test_right_padded_prompts_continue_as_if_alone(model):
     """Prefill with padding on the right, then feed each row its own next tokens."""
     prompts = [random_tokens(length, seed=length) for length in (5, 11)]

@@ -6,6 +6,7 @@ Only real tokens are stored (see token_layout.py). A key sits in the slot of its
 window, in the slot of its count modulo the window, so that decoding overwrites the oldest key in place.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -235,6 +236,7 @@ class HybridCache(Cache):
         super().__init__(layers=layers)
         self.seen = 0  # tokens of each row, padding included, as `generate` counts
         self.lengths: torch.Tensor | None = None  # real tokens of each row [B], None while all rows have `seen`
+        self.last: torch.Tensor | None = None  # final output of each row's last real token [B, hidden]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen by each row, padding included."""
@@ -244,34 +246,43 @@ class HybridCache(Cache):
         """-1: there is no maximum."""
         return -1
 
-    def advance(self, layout: TokenLayout) -> None:
-        """Counts the tokens of a finished pass."""
+    def advance(self, layout: TokenLayout, output: torch.Tensor) -> torch.Tensor:
+        """Counts the tokens of a finished pass.
+
+        Returns:
+            The final norm's output [B, T, hidden] with that of the last real token at padding, be it of this pass or
+            of an earlier one.
+        """
         if not layout.aligned:
             self.lengths = layout.lengths_after()
         self.seen += layout.length
+        output = layout.repeat_last_real(output, self.last)
+        self.last = _own_storage(output[:, -1])
+        return output
 
     def num_bytes(self) -> int:
-        """Bytes of all cached tensors, spare room in growing buffers included."""
+        """Bytes of the layers' tensors, spare room in growing buffers included."""
         return sum(x.numel() * x.element_size() for layer in self.layers for x in layer.tensors().values())
 
     def reset(self) -> None:
         super().reset()
-        self.seen, self.lengths = 0, None
+        self.seen, self.lengths, self.last = 0, None, None
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         super().reorder_cache(beam_idx)
-        if self.lengths is not None:
-            self.lengths = self.lengths[beam_idx.to(self.lengths.device)]
+        self._each_row(lambda x: x[beam_idx.to(x.device)])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
-        if self.lengths is not None:
-            self.lengths = self.lengths[indices.to(self.lengths.device)]
+        self._each_row(lambda x: x[indices.to(x.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        if self.lengths is not None:
-            self.lengths = self.lengths.repeat_interleave(repeats)
+        self._each_row(lambda x: x.repeat_interleave(repeats, 0))
+
+    def _each_row(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Changes the rows of what is kept beside the layers."""
+        self.lengths, self.last = (None if x is None else change(x) for x in (self.lengths, self.last))
 
 
 def _own_storage(x: torch.Tensor) -> torch.Tensor:

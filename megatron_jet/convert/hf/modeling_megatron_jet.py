@@ -138,8 +138,8 @@ class HybridModel(HybridPreTrainedModel):
             output_attentions: not supported.
 
         Returns:
-            The final norm's output; at padding it repeats that of the last real token before it, so that the last
-            column is the one to continue from whichever side the padding is on.
+            The final norm's output; at padding it repeats that of the last real token before it, also of an earlier
+            pass into the cache, so that the last column is the one to continue from whichever side the padding is on.
 
         Raises:
             ValueError: inputs that do not fit together, or another kind of cache.
@@ -163,9 +163,11 @@ class HybridModel(HybridPreTrainedModel):
         for index, layer in enumerate(self.layers):
             inputs.append(hidden)
             hidden = layer(hidden, layout, rotary, None if cache is None else cache.layers[index])
-        if cache is not None:
-            cache.advance(layout)
-        hidden = layout.repeat_last_real(self.norm(hidden))
+        hidden = self.norm(hidden)
+        if cache is None:
+            hidden = layout.repeat_last_real(hidden)
+        else:
+            hidden = cache.advance(layout, hidden)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,

@@ -185,14 +185,21 @@ class TokenLayout:
         flat = x.new_zeros(self.batch * self.length, x.shape[-1]).index_copy(0, self.sequences.indices, x[0])
         return flat.view(self.batch, self.length, -1)
 
-    def repeat_last_real(self, x: torch.Tensor) -> torch.Tensor:
-        """Gives padding the value of the last real token before it in its row, where there is one in this pass."""
+    def repeat_last_real(self, x: torch.Tensor, earlier: torch.Tensor | None = None) -> torch.Tensor:
+        """Gives padding the value of the last real token before it in its row.
+
+        Args:
+            x: [B, T, D].
+            earlier: the last column that the pass before was given [B, D]; None: there was none. Padding that has no
+                real token before it keeps its own value, or gets this one.
+        """
         if self.valid is None:
             return x
         rows = torch.arange(self.batch, device=x.device)[:, None]
         latest, has_one = self._latest_real()
         own = torch.arange(self.length, device=x.device)
-        return x[rows, torch.where(has_one, latest, own)]
+        repeated = x[rows, torch.where(has_one, latest, own)]
+        return repeated if earlier is None else torch.where(has_one[..., None], repeated, earlier[:, None])
 
     def _latest_real(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Column of the last real token up to each token [B, T], and whether there is one."""

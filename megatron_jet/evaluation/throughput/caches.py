@@ -75,8 +75,8 @@ def new_cache(config: PretrainedConfig, max_length: int) -> Cache:
         return cache
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         raise UserError(
-            f"{config.model_type}: sliding windows are timed with this project's own models only; "
-            "convert it there and back (tools/convert.py import, export)"
+            f"{config.model_type}: its sliding windows cannot be timed; only models of this project's formats "
+            "(jet_nemotron, megatron_jet) may have them"
         )
     return Cache(layers=[PreallocatedLayer(max_length) for _ in range(config.num_hidden_layers)])
 
@@ -89,7 +89,7 @@ def is_hybrid(config: PretrainedConfig) -> bool:
 def place(cache: Cache, tokens: int) -> None:
     """Makes the cache count `tokens` tokens, whatever its buffers hold, so that the next one goes behind them."""
     if isinstance(cache, HybridCache):
-        cache.seen, cache.lengths = tokens, None
+        cache.seen, cache.lengths, cache.last = tokens, None, None
         return
     for layer in cache.layers:
         layer.length = tokens
