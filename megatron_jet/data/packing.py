@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron_jet.configs.errors import UserError
-from megatron_jet.data.index import DataIndex, ShardInfo, split_info
-from megatron_jet.data.shards import Sample, check_shard, read_shard
+from megatron_jet.data.index import DataIndex, split_info
+from megatron_jet.data.reader import ShardReader
+from megatron_jet.data.shards import Sample
 
 
 @dataclass
@@ -61,7 +62,7 @@ class WindowStream:
         if not self.shards:
             raise UserError(f"{directory}: source '{source}' has no shard in split '{split}'")
         self.position = Position()
-        self._checked: set[str] = set()
+        self._reader = ShardReader(directory, self.shards, seed)
         self._loaded: tuple[tuple[int, int], list[Sample]] | None = None
 
     def next(self, wanted: bool = True) -> tuple[np.ndarray, np.ndarray] | None:
@@ -110,13 +111,13 @@ class WindowStream:
 
     def _current(self) -> Sample:
         position = self.position
-        shard_number = self._order(position.epoch, -1, len(self.shards))[position.shard]
-        key = (position.epoch, shard_number)
+        key = (position.epoch, position.shard)
         if self._loaded is None or self._loaded[0] != key:
-            samples = self._read(self.shards[shard_number])
-            order = self._order(position.epoch, int(shard_number), len(samples))
-            self._loaded = (key, [samples[i] for i in order])
-        return self._loaded[1][position.sample]
+            self._loaded = (key, self._reader.samples(*key))
+        samples = self._loaded[1]
+        if position.sample == len(samples) // 2:  # not at once: an evaluation set may need no second shard
+            self._reader.read_ahead(*key)
+        return samples[position.sample]
 
     def _advance(self) -> None:
         """To the next sample, shard or epoch."""
@@ -126,14 +127,3 @@ class WindowStream:
             position.sample, position.shard = 0, position.shard + 1
         if position.shard == len(self.shards):
             position.shard, position.epoch = 0, position.epoch + 1
-
-    def _read(self, shard: ShardInfo) -> list[Sample]:
-        if shard.path not in self._checked:
-            check_shard(self.directory, shard)
-            self._checked.add(shard.path)
-        return read_shard(self.directory, shard)
-
-    def _order(self, epoch: int, shard: int, count: int) -> np.ndarray:
-        if self.seed is None:
-            return np.arange(count)
-        return np.random.default_rng([self.seed, epoch, shard + 1]).permutation(count)

@@ -18,8 +18,14 @@ MODEL_INPUTS = ("tokens", "labels", "loss_mask")
 
 def take_batches(loader: Iterator[Batch], count: int) -> list[Batch]:
     """The micro-batches of one step, on the device. Every rank of a model replica reads the same ones."""
-    device = torch.cuda.current_device()
-    return [{key: batch[key].to(device, non_blocking=True) for key in MODEL_INPUTS} for batch in islice(loader, count)]
+    return [{key: to_device(batch[key]) for key in MODEL_INPUTS} for batch in islice(loader, count)]
+
+
+def to_device(tensor: Tensor) -> Tensor:
+    """Copy to the GPU from pinned memory, without which the copy would not overlap with what the GPU is doing."""
+    if not torch.cuda.is_available():
+        return tensor
+    return tensor.pin_memory().to(torch.cuda.current_device(), non_blocking=True)
 
 
 def normalizer(batches: list[Batch]) -> Normalizer:
