@@ -25,11 +25,14 @@ def mean_accuracy(scores: Scores) -> float:
 
 
 def throughput_of(candidate: CandidateResult, settings: ThroughputConfig) -> float:
-    """Generated tokens per second at the longest context, measured or from the cost formulas as the mode says."""
+    """Generated tokens per second at the longest context, measured or from the cost formulas as the mode says.
+
+    0 for a candidate of which not even one sequence fitted into memory: it has no figure, and is the slowest.
+    """
     by_context = candidate.analytic_tokens_per_second
     if settings.mode == "measured":
         by_context = candidate.measured.generation_tokens_per_second
-    return by_context[str(max(settings.contexts))]
+    return by_context.get(str(max(settings.contexts)), 0.0)
 
 
 def rank_by_accuracy(candidates: Sequence[CandidateResult], settings: ThroughputConfig) -> Ranking:

@@ -52,6 +52,15 @@ def test_hardware_search_takes_the_most_accurate_at_equal_throughput():
     assert "within 3%" in ranking.rule
 
 
+def test_a_candidate_that_fits_into_no_memory_is_the_slowest():
+    """It has no figure at that context; the stage must not end in this after the training."""
+    large = candidate("large", 0.9, 1)
+    large = large.replace(measured=Measured(seconds=1.0, generation_tokens_per_second={"64": 1.0}))
+    ranking = rank_within_throughput([large, candidate("small", 0.5, 100)], MEASURED)
+    assert (ranking.winner, ranking.order) == ("small", ["small", "large"])
+    assert rank_by_accuracy([large, candidate("small", 0.5, 100)], MEASURED).winner == "large"
+
+
 def test_analytic_mode_reads_no_clock():
     rows = [candidate("a", 0.5, 1, analytic=100), candidate("b", 0.9, 100, analytic=50)]
     assert rank_within_throughput(rows, MEASURED.replace(mode="analytic")).winner == "a"
