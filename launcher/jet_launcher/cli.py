@@ -13,7 +13,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Post Neural Architecture Search: a pre-trained full-attention model becomes a fast hybrid one.",
     epilog="Example: python launcher/postnas.py run tiny --output runs/tiny. "
-    "Exit codes: 0 done, 1 failed, 2 usage, 75 interrupted and worth starting again.",
+    "Exit codes: 0 done, 1 failed, 2 usage (nothing was started), 75 interrupted and worth starting again.",
 )
 
 RunId = Annotated[str, typer.Argument(metavar="ID", help="name of the run directory, or its path")]
@@ -131,13 +131,15 @@ def clean(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Returns the exit code; prints one `error:` line for bad input."""
+    from jet_launcher.exit_codes import FAILED, USAGE
+    from jet_launcher.usage import UsageError
     from megatron_jet.configs.errors import UserError
 
     try:
         app(args=arguments, prog_name="postnas.py")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return USAGE if isinstance(error, UsageError) else FAILED
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0

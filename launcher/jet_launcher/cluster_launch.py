@@ -16,6 +16,7 @@ from jet_launcher.run_directory import RunDirectory, check_directory, check_upst
 from jet_launcher.slurm.launch import Target, dry_run, live_jobs, submit_run, wait_for
 from jet_launcher.slurm.overview import job_views, run_word
 from jet_launcher.slurm.record import read_record
+from jet_launcher.usage import UsageError, usage_errors
 from megatron_jet.configs.cluster import TunnelConfig
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.run import RunConfig
@@ -67,7 +68,8 @@ def launch_on_cluster(
     root = Path(target.cluster.job_dir) if target.cluster.job_dir else options.root
     if options.dryrun:
         return _dry_run(config, stages, options, target, root)
-    config = expand_paths(config)
+    with usage_errors():
+        config = expand_paths(config)
     if target.cluster.offline:
         refuse_missing(config)
     check_inputs(config)
@@ -86,7 +88,7 @@ def continue_on_cluster(
 ) -> int:
     """Submit what is missing of a run, and wait for it if asked. Returns the exit code."""
     if isinstance(target, RemoteTarget):
-        raise UserError(f"{run.id} is here, but cluster '{target.name}' is behind SSH; start a new run there")
+        raise UsageError(f"{run.id} is here, but cluster '{target.name}' is behind SSH; start a new run there")
     stream = sys.stderr if options.as_json else sys.stdout
     check_upstream_results(config, stages, run.path)
     teacher = check_inputs(config)

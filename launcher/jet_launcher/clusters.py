@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from jet_launcher.usage import usage_errors
 from megatron_jet.configs.cluster import ClusterConfig, TunnelConfig
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.overrides import load_yaml
@@ -44,6 +45,7 @@ class _AsWritten(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+@usage_errors()
 def load_cluster(name_or_file: str, environment: Mapping[str, str] = os.environ) -> ClusterConfig:
     """The cluster of this name or in this file, with every `${VAR}` replaced.
 
@@ -58,6 +60,7 @@ def load_cluster(name_or_file: str, environment: Mapping[str, str] = os.environ)
     return ClusterConfig.parse(expand(data, environment, str(path)), str(path))
 
 
+@usage_errors()
 def read_cluster(name_or_file: str, environment: Mapping[str, str] = os.environ) -> tuple[Path, dict[str, Any]]:
     """A cluster file as it is written. Raises UserError when there is none or it is no YAML mapping."""
     path = find_cluster(name_or_file, environment)
@@ -67,6 +70,7 @@ def read_cluster(name_or_file: str, environment: Mapping[str, str] = os.environ)
     return path, data
 
 
+@usage_errors()
 def ssh_tunnel(name_or_file: str, environment: Mapping[str, str] = os.environ) -> TunnelConfig | None:
     """The tunnel of a cluster behind SSH; None for one that is here. Its `${VAR}` come from this machine."""
     path, data = read_cluster(name_or_file, environment)
@@ -76,6 +80,7 @@ def ssh_tunnel(name_or_file: str, environment: Mapping[str, str] = os.environ) -
     return TunnelConfig.parse(expand(tunnel, environment, str(path), ("tunnel",)), f"{path}: tunnel")
 
 
+@usage_errors()
 def find_cluster(name_or_file: str, environment: Mapping[str, str] = os.environ) -> Path:
     """Path of the cluster file. Raises UserError that lists the known names."""
     if "/" in name_or_file or name_or_file.endswith((".yaml", ".yml")):

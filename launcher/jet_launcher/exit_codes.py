@@ -2,5 +2,5 @@
 
 DONE = 0
 FAILED = 1
-USAGE = 2
+USAGE = 2  # what was asked for cannot be done, whoever asks again; nothing was started
 INTERRUPTED = 75  # EX_TEMPFAIL: saved, and worth starting again

@@ -29,6 +29,7 @@ from jet_launcher.run_directory import (
     open_run,
 )
 from jet_launcher.stage_status import read_run, run_state
+from jet_launcher.usage import usage_errors
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.estimate_text import model_text, run_text
 from megatron_jet.configs.model import ModelConfig
@@ -48,13 +49,15 @@ def launch(recipe: str, overrides: list[str], options: LaunchOptions) -> int:
         UserError: anything wrong with what was asked; nothing has been written then, except by a full disk.
     """
     target = load_target(options.cluster)
-    config = apply_overrides(load_recipe(recipe), overrides)
+    with usage_errors():
+        config = apply_overrides(load_recipe(recipe), overrides)
     stages = choose_stages(config, options.stages)
     if target is not None:
         return launch_on_cluster(config, stages, options, target)
     if options.dryrun:
         return _dry_run(config, stages, options)
-    config = expand_paths(config)
+    with usage_errors():
+        config = expand_paths(config)
     teacher = check_inputs(config)
     check_upstream_results(config, stages, options.output)
     run = open_run(config, options.output, options.root)
@@ -137,8 +140,9 @@ def _dry_run(config: RunConfig, stages: tuple[str, ...], options: LaunchOptions)
         missing = inputs_problem(config)
     except UserError as error:
         missing = str(error)
-    teacher = teacher_model(config.teacher)
-    check_layout(config, teacher)
+    with usage_errors():
+        teacher = teacher_model(config.teacher)
+        check_layout(config, teacher)
     estimate = estimate_run(config, teacher)
     output = options.output or options.root / f"{config.recipe}-<time>"
     run = RunDirectory(output)

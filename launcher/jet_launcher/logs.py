@@ -7,6 +7,7 @@ from typing import TextIO
 from jet_launcher.lock import lock_holder
 from jet_launcher.run_directory import RunDirectory
 from jet_launcher.stage_status import PENDING, read_run
+from jet_launcher.usage import usage_errors
 from megatron_jet.configs.errors import UserError
 
 POLL_SECONDS = 0.3
@@ -19,7 +20,9 @@ def log_path(run: RunDirectory, stage: str | None) -> Path:
         UserError: the stage is unknown or has no log yet.
     """
     if stage is not None:
-        run.config().stage(stage)
+        config = run.config()
+        with usage_errors():
+            config.stage(stage)
         path = run.stage(stage) / "log.txt"
         if not path.is_file():
             raise UserError(f"{stage} of {run.id} has no log yet ({path})")

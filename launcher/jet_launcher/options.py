@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jet_launcher.forecast import check_layout
+from jet_launcher.usage import usage_errors
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.run import RunConfig
@@ -31,6 +32,7 @@ class LaunchOptions:
     wait: bool = False
 
 
+@usage_errors()
 def check_inputs(config: RunConfig) -> ModelConfig:
     """Shape of the teacher, after checking that teacher, data and layout fit, and that the data have what every stage
     of the config reads: a job must not find out after days of training. Raises UserError."""

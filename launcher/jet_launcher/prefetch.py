@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from jet_launcher.usage import usage_errors
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import read_json
 from megatron_jet.configs.run import RunConfig
@@ -85,6 +86,7 @@ def hub_download(repository: str, path: Path) -> None:
         raise UserError(f"{repository}: cannot be downloaded ({reason}); run this where there is a network") from None
 
 
+@usage_errors()
 def refuse_missing(config: RunConfig) -> None:
     """Raise UserError when a job would need a network to get its inputs."""
     missing = [item for item in needed(config) if not item.present]

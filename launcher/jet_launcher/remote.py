@@ -23,6 +23,7 @@ from jet_launcher.options import LaunchOptions
 from jet_launcher.provenance import git_state
 from jet_launcher.run_directory import RunDirectory
 from jet_launcher.slurm.package import code_digest, code_files
+from jet_launcher.usage import UsageError
 from megatron_jet.configs.cluster import TunnelConfig
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import read_json, write_json, write_text
@@ -76,7 +77,7 @@ def launch_remotely(
         UserError: no job_dir in the cluster file, or the login node cannot be reached.
     """
     if not isinstance(cluster.get("job_dir"), str):
-        raise UserError("tunnel.kind=ssh needs job_dir in the cluster file: the directory for runs over there")
+        raise UsageError("tunnel.kind=ssh needs job_dir in the cluster file: the directory for runs over there")
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", config.recipe).strip("-.") or "run"
     name = options.output.name if options.output else f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     path = f"{_expanded(tunnel, cluster['job_dir'])}/{name}"
@@ -137,7 +138,7 @@ def _launcher(tunnel: TunnelConfig, code: str, arguments: list[str]) -> int:
 def _expanded(tunnel: TunnelConfig, path: str) -> str:
     """A path with `${VAR}` replaced by the login node's shell."""
     if not re.fullmatch(r"[A-Za-z0-9_./@+,=~:${}-]+", path) or "$(" in path:
-        raise UserError(
+        raise UsageError(
             f"job_dir={path}: on an SSH cluster it may hold letters, digits, ${{VAR}} and _ . / @ + , = - only"
         )
     done = _ssh(tunnel, f"bash -lc {shlex.quote(f'set -u; printf %s "{path}"')}")

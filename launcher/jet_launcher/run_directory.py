@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from jet_launcher.usage import usage_errors
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import read_json, write_text
 from megatron_jet.configs.overrides import dump_yaml, load_yaml
@@ -81,6 +82,7 @@ def open_run(config: RunConfig, output: Path | None, root: Path = DEFAULT_ROOT) 
     return run
 
 
+@usage_errors()
 def check_directory(config: RunConfig, run: RunDirectory) -> None:
     """Raise UserError unless `run` is new, empty, or holds this very config. Writes nothing."""
     if run.config_file.is_file():
@@ -116,6 +118,7 @@ def differing_keys(there: Any, here: Any, prefix: str = "") -> list[str]:
     return [] if there == here else [f"{prefix} ({there} there, {here} here)"]
 
 
+@usage_errors()
 def find_run(run_id: str, root: Path = DEFAULT_ROOT) -> RunDirectory:
     """The run with this ID: a path, or a name under `root`.
 
@@ -136,6 +139,7 @@ def list_runs(root: Path = DEFAULT_ROOT) -> list[RunDirectory]:
     return [RunDirectory(path.parent) for path in configs]
 
 
+@usage_errors()
 def choose_stages(config: RunConfig, names: str | None) -> tuple[str, ...]:
     """The stages to run, in order. `prepare` always comes along: every stage needs it, and it is done once.
 
@@ -154,6 +158,7 @@ def choose_stages(config: RunConfig, names: str | None) -> tuple[str, ...]:
     return tuple(stage for stage in STAGE_ORDER if stage in wanted)
 
 
+@usage_errors()
 def check_upstream_results(config: RunConfig, stages: tuple[str, ...], path: Path | None) -> None:
     """Raise UserError when a stage needs another that is neither among `stages` nor finished in the run at `path`."""
     run = RunDirectory(path) if path is not None else None

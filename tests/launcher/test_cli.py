@@ -70,11 +70,15 @@ def test_usage_errors_exit_2(launcher):
         (["resume", "ghost"], "no run 'ghost'"),
         (["report", "ghost"], "no run 'ghost'"),
         (["logs", "ghost"], "no run 'ghost'"),
+        (["cancel", "ghost"], "no run 'ghost'"),
+        (["clean", "ghost"], "no run 'ghost'"),
+        (["run", "tiny", "--stages", ","], "--stages is empty"),
+        (["run", "tiny", "--cluster", "moon.yaml"], "moon.yaml: no such cluster file"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_1(launcher, workplace, arguments, message):
+def test_bad_input_is_one_line_and_exit_2(launcher, workplace, arguments, message):
     code, _, err = launcher(*arguments)
-    assert code == 1
+    assert code == 2
     assert len(err.strip().splitlines()) == 1
     assert err.startswith("error: ") and message in err
     assert os.listdir(workplace) == []  # nothing half-written
@@ -96,7 +100,7 @@ def test_bad_input_is_one_line_and_exit_1(launcher, workplace, arguments, messag
 )
 def test_bad_settings_are_found_before_anything_is_written(launcher, workplace, teacher, override, message):
     code, _, err = launcher("run", "tiny", f"teacher.path={teacher}", override)
-    assert code == 1
+    assert code == 2
     assert len(err.strip().splitlines()) == 1 and message in err
     assert os.listdir(workplace) == []
 
@@ -104,14 +108,14 @@ def test_bad_settings_are_found_before_anything_is_written(launcher, workplace, 
 def test_sequences_that_do_not_divide_under_sequence_parallel(launcher, workplace, teacher):
     layout = ("nproc=2", "parallel.tensor=2", "parallel.sequence_parallel=true")
     code, _, err = launcher("run", "tiny", f"teacher.path={teacher}", *layout, "stage2.training.seq_length=255")
-    assert code == 1
+    assert code == 2
     assert "stage2: sequence_parallel shares training.seq_length=255 out over parallel.tensor=2 ranks" in err
     assert os.listdir(workplace) == []
 
 
 def test_heads_that_do_not_divide_by_tensor_parallel(launcher, workplace, teacher):
     code, _, err = launcher("run", "tiny", f"teacher.path={teacher}", "nproc=8", "parallel.tensor=8")
-    assert code == 1
+    assert code == 2
     assert "4 heads do not divide by tensor_parallel=8" in err
 
 
@@ -141,7 +145,7 @@ def test_data_are_checked_before_anything_is_written(launcher, workplace, teache
         ),
     ):
         code, _, err = launcher(*arguments, *overrides)
-        assert code == 1 and message in err and len(err.strip().splitlines()) == 1
+        assert code == 2 and message in err and len(err.strip().splitlines()) == 1
         code, out, _ = launcher(*arguments, *overrides, "--dryrun")
         assert code == 0 and f"not ready here: {message}" in out
     assert os.listdir(workplace) == []
@@ -150,14 +154,14 @@ def test_data_are_checked_before_anything_is_written(launcher, workplace, teache
 def test_broken_teacher_config_names_the_file(launcher, teacher):
     (teacher / "config.json").write_text('{"model_type": "qwen2"')
     code, _, err = launcher("run", "tiny", f"teacher.path={teacher}")
-    assert code == 1
+    assert code == 2
     assert str(teacher / "config.json") in err and len(err.strip().splitlines()) == 1
 
 
 def test_unset_variable_is_an_error_for_a_run_and_a_note_for_a_dry_run(launcher, workplace, monkeypatch):
     monkeypatch.delenv("JET_TEACHERS", raising=False)
     code, _, err = launcher("run", "jet_nemotron_2b")
-    assert code == 1
+    assert code == 2
     assert "the environment variable JET_TEACHERS is not set" in err
     code, out, _ = launcher("run", "jet_nemotron_2b", "--dryrun")
     assert code == 0
@@ -181,7 +185,7 @@ def test_dry_run_as_json_holds_config_and_estimate(launcher, workplace, teacher)
 def test_dry_run_into_a_run_with_another_config_is_refused(launcher, teacher):
     assert launcher("run", "tiny", f"teacher.path={teacher}", "--stages", "prepare", "--output", "runs/a")[0] == 0
     code, _, err = launcher("run", "tiny", f"teacher.path={teacher}", "seed=1", "--output", "runs/a", "--dryrun")
-    assert code == 1
+    assert code == 2
     assert "seed (0 there, 1 here)" in err
 
 
@@ -210,7 +214,7 @@ def test_own_recipe_by_module_and_function(launcher, teacher, workplace, monkeyp
     code, out, _ = launcher("run", "my_recipes:small", f"teacher.path={teacher}", "--dryrun")
     assert code == 0 and "would run in runs/small-" in out
     code, _, err = launcher("run", "my_recipes:wrong")
-    assert code == 1 and "returned dict, not RunConfig" in err
+    assert code == 2 and "returned dict, not RunConfig" in err
 
 
 @pytest.mark.parametrize(

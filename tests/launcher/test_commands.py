@@ -104,7 +104,8 @@ def test_logs_show_the_latest_stage_or_the_one_named(run, launcher):
     assert launcher("logs", "a", "prepare")[1] == "log of prepare\n"
     code, _, err = launcher("logs", "a", "stage1")
     assert code == 1 and "stage1 of a has no log yet" in err
-    assert "unknown stage 'stage7'" in launcher("logs", "a", "stage7")[2]
+    code, _, err = launcher("logs", "a", "stage7")
+    assert code == 2 and "unknown stage 'stage7'" in err
 
 
 def test_following_a_log_goes_on_into_the_next_stage_and_ends_with_the_run(run, tmp_path):

@@ -110,4 +110,4 @@ def test_dry_run_happens_on_the_login_node_with_its_environment(login, tmp_path,
 
 def test_job_dir_is_needed(login, tmp_path):
     (tmp_path / "far.yaml").write_text("tunnel: {kind: ssh, host: login}\n")
-    assert main(["run", "jet_nemotron_2b", "--cluster", str(tmp_path / "far.yaml"), "--dryrun"]) == 1
+    assert main(["run", "jet_nemotron_2b", "--cluster", str(tmp_path / "far.yaml"), "--dryrun"]) == 2

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from jet_launcher.usage import usage_errors
 from megatron_jet.configs.candidates import candidate_names
 from megatron_jet.configs.cluster import ClusterConfig
 from megatron_jet.configs.errors import UserError
@@ -83,6 +84,7 @@ class JobGraph:
         return JobGraph(tuple(trimmed), self.estimate, self.notes)
 
 
+@usage_errors()
 def build_graph(config: RunConfig, teacher: ModelConfig, stages: Sequence[str], cluster: ClusterConfig) -> JobGraph:
     """One job per stage; the candidates of a selection stage run side by side, followed by a job that ranks them.
 
