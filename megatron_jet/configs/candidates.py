@@ -7,7 +7,8 @@ from typing import Any
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.mixers.base import MixerConfig
 from megatron_jet.configs.run import RunConfig
-from megatron_jet.configs.stages import GridPoint
+from megatron_jet.configs.stages import SELECTION_STAGES, GridPoint
+from megatron_jet.configs.upstream import last_selection
 
 STATIC = "_static"  # suffix of a mixer's ablation with a static convolution
 # A name is part of job names, file names and commands.
@@ -67,6 +68,16 @@ def candidate_recipe(config: RunConfig, stage: str, candidate: Candidate) -> dic
         "candidate": candidate.to_dict(),
         "settings": {key: settings[key] for key in ("training", "throughput", "eval", "init")},
     }
+
+
+def taken_over(config: RunConfig, stage: str) -> tuple[str, ...]:
+    """The earlier stages whose equal candidates a selection stage takes over instead of training them again.
+
+    Where stage 1 continues the winner, a result alone does not do: its weights are gone. All train there.
+    """
+    if "stage1" in config.stages and config.stage1.init == "search" and stage == last_selection(config):
+        return ()
+    return SELECTION_STAGES[: SELECTION_STAGES.index(stage)]
 
 
 def split_target(target: str) -> tuple[str, str | None]:

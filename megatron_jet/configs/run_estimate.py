@@ -9,6 +9,7 @@ from megatron_jet.configs.candidates import (
     candidate_recipe,
     named_candidate,
     resized_candidate,
+    taken_over,
 )
 from megatron_jet.configs.cost import model_cost
 from megatron_jet.configs.errors import UserError
@@ -171,7 +172,8 @@ def _selection_runs(config: RunConfig, student: ModelConfig) -> dict[str, list[_
         for candidate in _candidates(config, stage):
             recipe = canonical_json(candidate_recipe(config, stage, candidate))
             model = _with_mixer(student, candidate.mixer)
-            stages[stage].append(_Run(candidate.name, model, config.stage(stage).training, trained.get(recipe)))
+            reused = trained.get(recipe) if taken_over(config, stage) else None
+            stages[stage].append(_Run(candidate.name, model, config.stage(stage).training, reused))
             here[recipe] = stage
         if stage in config.stages:
             trained = here | trained

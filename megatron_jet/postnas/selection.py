@@ -15,6 +15,7 @@ from megatron_jet.configs.candidates import (
     candidate_recipe,
     named_candidate,
     resized_candidate,
+    taken_over,
 )
 from megatron_jet.configs.cost import analytic_tokens_per_second, model_cost
 from megatron_jet.configs.errors import UserError
@@ -39,7 +40,6 @@ class SelectionStage:
     """One of the three. They differ in where candidates come from and in how they are ranked."""
 
     name: str
-    previous: tuple[str, ...]  # stages whose equal candidates are taken over
     make: Callable[[StageContext, str], Candidate]
     rank: Callable[[list[CandidateResult], ThroughputConfig], Ranking]
     kept: tuple[str, ...] = ("jobs",)  # candidates know themselves what they depend on
@@ -122,7 +122,7 @@ class SelectionStage:
 
     def _reused(self, ctx: StageContext, candidate: Candidate, recipe: str) -> CandidateResult | None:
         """An equal candidate of an earlier stage: same mixer, training, data and evaluation give the same result."""
-        for stage in self.previous:
+        for stage in taken_over(ctx.config, self.name):
             for path in sorted(ctx.stage_dir(stage).glob("jobs/*/result.json")):
                 found = read_model(path, CandidateResult)
                 if found.recipe_hash == recipe and found.reused_from is None:
@@ -200,8 +200,6 @@ def winner_checkpoint(ctx: StageContext) -> Path:
     return steps[-1]
 
 
-BLOCK_SELECTION = SelectionStage("block_selection", (), block_candidate, rank_by_accuracy)
-NEW_BLOCK = SelectionStage("new_block", ("block_selection",), block_candidate, rank_by_accuracy)
-HARDWARE_SEARCH = SelectionStage(
-    "hardware_search", ("block_selection", "new_block"), grid_candidate, rank_within_throughput
-)
+BLOCK_SELECTION = SelectionStage("block_selection", block_candidate, rank_by_accuracy)
+NEW_BLOCK = SelectionStage("new_block", block_candidate, rank_by_accuracy)
+HARDWARE_SEARCH = SelectionStage("hardware_search", grid_candidate, rank_within_throughput)

@@ -178,6 +178,17 @@ def test_equal_candidates_are_counted_once():
         assert stages["new_block"].jobs == 2
 
 
+def test_candidates_that_stage_1_continues_are_all_trained():
+    """A result taken over has no weights; the stage would find out after days."""
+    config = jet_nemotron_2b()
+    config = config.replace(stage1=config.stage1.replace(init="search"))
+    stages = {stage.stage: stage for stage in estimate_run(config, qwen2_5_1_5b()).stages}
+    assert (stages["new_block"].jobs, stages["hardware_search"].jobs) == (0, 9)
+    shorter = config.replace(stages=("prepare", "placement", "block_selection", "new_block", "stage1"))
+    stages = {stage.stage: stage for stage in estimate_run(shorter, qwen2_5_1_5b()).stages}
+    assert stages["new_block"].jobs == 2
+
+
 def test_candidates_cost_what_their_own_sizes_cost():
     stages = {stage.stage: stage for stage in estimate_run(jet_nemotron_2b(), qwen2_5_1_5b()).stages}
     hours = {run.name: run.gpu_hours for run in stages["hardware_search"].runs}
