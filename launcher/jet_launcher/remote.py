@@ -8,6 +8,7 @@ Nothing is kept open: every command is one `ssh`.
 import io
 import json
 import re
+import secrets
 import shlex
 import subprocess
 import sys
@@ -81,15 +82,12 @@ def launch_remotely(
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", config.recipe).strip("-.") or "run"
     name = options.output.name if options.output else f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     path = f"{_expanded(tunnel, cluster['job_dir'])}/{name}"
+    arguments = ["--output", path, "--stages", ",".join(stages), *(["--json"] if options.as_json else [])]
+    if options.dryrun:
+        return _dry_run(config, cluster, tunnel, arguments)
     code = push_code(tunnel, ROOT)
-    inputs = f"{code}.inputs/{name}"
-    here = {key: value for key, value in cluster.items() if key != "tunnel"}
-    _send(tunnel, f"{inputs}/config.yaml", dump_yaml(config).encode())
-    _send(tunnel, f"{inputs}/cluster.yaml", yaml.safe_dump(here, sort_keys=False).encode())
-    flags = [flag for flag, on in (("--dryrun", options.dryrun), ("--json", options.as_json)) if on]
-    command = ["run", f"{inputs}/config.yaml", "--cluster", f"{inputs}/cluster.yaml", "--output", path]
-    result = _launcher(tunnel, code, [*command, "--stages", ",".join(stages), *flags])
-    if result == 0 and not options.dryrun:
+    result = _run_there(config, cluster, tunnel, code, f"{code}.inputs/{name}", arguments)
+    if result == 0:
         _remember(RunDirectory(options.output or options.root / name), config, tunnel, path, code)
         print(f"{name} is on {tunnel.host}; see: python launcher/postnas.py status {name}", file=sys.stderr)
         if options.wait:
@@ -97,12 +95,39 @@ def launch_remotely(
     return result
 
 
-def push_code(tunnel: TunnelConfig, root: Path) -> str:
-    """Copy the checkout to the login node unless the same content is there. Returns its path over there."""
+def _dry_run(config: RunConfig, cluster: dict[str, Any], tunnel: TunnelConfig, arguments: list[str]) -> int:
+    """Only the login node knows the values of `${VAR}`. What is copied there goes again at the end."""
+    scratch = _expanded(tunnel, f"{HOME}/dryrun-{secrets.token_hex(8)}")
+    try:
+        code = push_code(tunnel, ROOT, f"{scratch}/code")
+        return _run_there(config, cluster, tunnel, code, f"{scratch}/inputs", [*arguments, "--dryrun"])
+    finally:
+        if _ssh(tunnel, f"rm -rf {shlex.quote(scratch)}").returncode:
+            print(f"{tunnel.host}: {scratch} could not be removed", file=sys.stderr)
+
+
+def _run_there(
+    config: RunConfig, cluster: dict[str, Any], tunnel: TunnelConfig, code: str, inputs: str, arguments: list[str]
+) -> int:
+    """Put recipe and cluster file into the directory `inputs` and call `run` with them. Returns its exit code."""
+    here = {key: value for key, value in cluster.items() if key != "tunnel"}
+    _send(tunnel, f"{inputs}/config.yaml", dump_yaml(config).encode())
+    _send(tunnel, f"{inputs}/cluster.yaml", yaml.safe_dump(here, sort_keys=False).encode())
+    command = ["run", f"{inputs}/config.yaml", "--cluster", f"{inputs}/cluster.yaml"]
+    return _launcher(tunnel, code, [*command, *arguments])
+
+
+def push_code(tunnel: TunnelConfig, root: Path, scratch: str | None = None) -> str:
+    """Copy the checkout to the login node unless the same content is there. Returns its path over there.
+
+    Args:
+        scratch: where to copy it instead of the directory that later submissions look into.
+    """
     files = code_files(root)
     target = _expanded(tunnel, f"{HOME}/code-{code_digest(root, files)[:12]}")
     if _ssh(tunnel, f"test -d {shlex.quote(target)}").returncode == 0:
         return target
+    target = scratch or target
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w:gz") as tar:
         for name in files:
@@ -148,7 +173,10 @@ def _expanded(tunnel: TunnelConfig, path: str) -> str:
 
 def _send(tunnel: TunnelConfig, path: str, content: bytes) -> None:
     folder, file = shlex.quote(path.rpartition("/")[0]), shlex.quote(path)
-    _check(_ssh(tunnel, f"mkdir -p {folder} && cat > {file}", content), tunnel, f"{path} could not be written")
+    # For the owner alone: `env` of a cluster file may hold tokens.
+    _check(
+        _ssh(tunnel, f"umask 077 && mkdir -p {folder} && cat > {file}", content), tunnel, f"{path} could not be written"
+    )
 
 
 def _ssh(tunnel: TunnelConfig, command: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:

@@ -11,7 +11,7 @@ import pytest
 
 from jet_launcher.cli import main
 from jet_launcher.clusters import ssh_tunnel
-from jet_launcher.remote import RemoteRun, push_code, ssh_command
+from jet_launcher.remote import RemoteRun, _send, push_code, ssh_command
 from megatron_jet.configs.cluster import TunnelConfig
 from megatron_jet.configs.errors import UserError
 
@@ -106,6 +106,13 @@ def test_dry_run_happens_on_the_login_node_with_its_environment(login, tmp_path,
     assert Path(plan["run"]).parent == login / "runs", "${HOME} is the login node's"
     assert f"export POSTNAS_RUN_DIR={login}/runs/" in plan["scripts"]["stage1"]
     assert not (tmp_path / "runs").exists()
+    assert [path for path in login.rglob("*") if path.is_file()] == [], "a dry run leaves nothing behind"
+
+
+def test_inputs_are_for_their_owner_alone(login):
+    _send(TUNNEL, f"{login}/in puts/cluster.yaml", b"env: {TOKEN: secret}")
+    path = login / "in puts" / "cluster.yaml"
+    assert (path.read_text(), path.stat().st_mode & 0o777) == ("env: {TOKEN: secret}", 0o600)
 
 
 def test_job_dir_is_needed(login, tmp_path):
