@@ -20,22 +20,36 @@ from torch import Tensor, nn
 from megatron_jet.configs.training import OptimizerConfig
 
 
-def wrap_data_parallel(chunks: list[nn.Module], *, distributed_optimizer: bool) -> list[DistributedDataParallel]:
+def wrap_data_parallel(
+    chunks: list[nn.Module], *, distributed_optimizer: bool, overlap: bool = False, bucket_size: int | None = None
+) -> list[DistributedDataParallel]:
     """Give the trainable parameters gradient buffers that are reduced over the data-parallel group.
 
     Losses are already divided by the token counts of the global batch, so gradients are summed, not averaged.
+
+    Args:
+        chunks: this rank's DistillationModels.
+        distributed_optimizer: reduce to the shards that each rank updates.
+        overlap: reduce a bucket of gradients as soon as the backward pass has all of them. Every trainable parameter
+            must get a gradient in every step: not so for a supernet, nor above the last layer of a loss on features.
+        bucket_size: parameters per bucket with `overlap`, on the first pipeline stage (the others have one bucket).
+            None: 40 million, more on more than 40 ranks, as Megatron has it.
     """
+    ranks = parallel_state.get_data_parallel_world_size()
+    bucket_size = bucket_size or max(40_000_000, 1_000_000 * ranks)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=distributed_optimizer,
-        # Overlap needs a gradient for every parameter in every step; a supernet's undrawn paths have none.
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=overlap,
+        bucket_size=bucket_size if overlap else None,
     )
+    first_stage = parallel_state.get_pipeline_model_parallel_rank() == 0
     wrapped = []
     for i, chunk in enumerate(chunks):
         config = chunk.module.config
         config.calculate_per_token_loss = True
-        layout = _buffer_layout(chunk, ddp_config) if distributed_optimizer else None
+        size = bucket_size if overlap and first_stage and i == 0 else None
+        layout = _buffer_layout(chunk, size, ranks, ddp_config) if distributed_optimizer else None
         wrapped.append(
             DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=i > 0, full_param_layout=layout)
         )
@@ -46,11 +60,10 @@ def wrap_data_parallel(chunks: list[nn.Module], *, distributed_optimizer: bool) 
     return wrapped
 
 
-def _buffer_layout(chunk: nn.Module, ddp_config: DistributedDataParallelConfig):
+def _buffer_layout(chunk: nn.Module, bucket_size: int | None, ranks: int, ddp_config: DistributedDataParallelConfig):
     """Where each trainable parameter lies in the buffers that data-parallel ranks share out among them."""
     parameters = [parameter for parameter in chunk.parameters() if parameter.requires_grad]
-    ranks = parallel_state.get_data_parallel_world_size()
-    return DistributedOptimizer.compute_full_param_layout(parameters, None, ranks, ddp_config)
+    return DistributedOptimizer.compute_full_param_layout(parameters, bucket_size, ranks, ddp_config)
 
 
 def _finalize(model, num_tokens=None, **kwargs) -> None:

@@ -185,9 +185,13 @@ class Trainer:
         return teacher
 
     def _wrap(self, student: list, teacher: list) -> list:
-        loss, num_layers = self.job.training.loss, self.job.model.num_layers
-        pairs = [DistillationModel(s, t, loss, num_layers) for s, t in zip(student, teacher)]
-        return wrap_data_parallel(pairs, distributed_optimizer=self.job.training.distributed_optimizer)
+        job, loss = self.job, self.job.training.loss
+        pairs = [DistillationModel(s, t, loss, job.model.num_layers) for s, t in zip(student, teacher)]
+        return wrap_data_parallel(
+            pairs,
+            distributed_optimizer=job.training.distributed_optimizer,
+            overlap=self.dp_size > 1 and job.sampling is None and loss.needs_logits,
+        )
 
     def _loader(self, split: str) -> DataLoader:
         job = self.job

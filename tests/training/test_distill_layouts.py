@@ -4,14 +4,16 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from megatron_jet.configs.training import LossConfig, ParallelConfig
+from megatron_jet.configs.mixers.gated_delta_net import GatedDeltaNetConfig
+from megatron_jet.configs.training import LossConfig, OptimizerConfig, ParallelConfig
 from megatron_jet.training.distill import DistillationModel, share_frozen_tensors
-from megatron_jet.training.freezing import freeze
+from megatron_jet.training.freezing import freeze, named_parameters
 from megatron_jet.training.losses import feature_loss, layer_weights
-from megatron_jet.training.optimizer import wrap_data_parallel
+from megatron_jet.training.optimizer import Optimizer, wrap_data_parallel
 from megatron_jet.training.steps import named_terms, normalizer, run_microbatches
 from training.training_cases import (
     DISTILL,
+    MIXERS,
     SEQ,
     batches_for,
     built,
@@ -29,6 +31,10 @@ LAYOUTS = {
     "dp2": (ParallelConfig(), 2),
     "tp2 pp2 sp": (ParallelConfig(tensor=2, pipeline=2, sequence_parallel=True), 4),
     "dp2 pp2": (ParallelConfig(pipeline=2), 4),
+}
+OVERLAPPED = {
+    "dp2 pp2 vpp2": (ParallelConfig(pipeline=2, virtual_pipeline=2), 4),
+    "dp2 tp2 sp": (ParallelConfig(tensor=2, sequence_parallel=True), 4),
 }
 MICROBATCHES = 4
 LOSSES = {
@@ -121,6 +127,56 @@ def test_frozen_parameters_get_no_gradient(pool, expected):
     assert gradients.keys() == kept.keys()
     for key, gradient in kept.items():
         torch.testing.assert_close(gradients[key], gradient, rtol=1e-4, atol=1e-6)
+
+
+def reduced_gradients(parallel: ParallelConfig, distributed: bool, overlap: bool) -> tuple[list, dict, int]:
+    """Gradient norms of two steps, the weights after them, and the number of buckets of the first chunk."""
+    model = student_config()
+    student, teacher = built(model, parallel, seed=2), built(teacher_config(), parallel, seed=1)
+    freeze(student, ("*", "!*.mlp.*"))
+    models = [DistillationModel(s, t, DISTILL, model.num_layers) for s, t in zip(student, teacher)]
+    models = wrap_data_parallel(models, distributed_optimizer=distributed, overlap=overlap, bucket_size=1500)
+    optimizer = Optimizer(models, OptimizerConfig(lr=1e-2, clip_grad=1.0), dtype=torch.float32, distributed=distributed)
+    dp_rank, dp_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    batches, norms = batches_for(dp_rank, dp_size, 2), []
+    for _ in range(2):
+        optimizer.zero_grad()
+        run_microbatches(models, batches, normalizer(batches), forward_only=False)
+        norms.append(optimizer.gradient_norm())
+        optimizer.apply(1e-2)
+    weights = {name: p.detach().clone() for name, p in named_parameters(student)}
+    return norms, weights, sum(len(buffer.buckets) for buffer in models[0].buffers)
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+@pytest.mark.parametrize("layout", ["dp2", "dp2 pp2", "dp2 pp2 vpp2", "dp2 tp2 sp"])
+def test_overlapped_reduction_gives_the_same_weights(pool, layout, distributed):
+    parallel, world_size = OVERLAPPED.get(layout) or LAYOUTS[layout]
+    plain, overlapped = (
+        pool.run(reduced_gradients, parallel, distributed, overlap, layout=parallel, world_size=world_size)
+        for overlap in (False, True)
+    )
+    assert overlapped[0][2] > plain[0][2]
+    for (norms, weights, _), (expected_norms, expected, _) in zip(overlapped, plain):
+        assert norms == pytest.approx(expected_norms, rel=1e-5)
+        for name in expected:
+            # The norm that gradients are clipped to is summed in another order: rounding, of which Adam makes more.
+            assert (weights[name] - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_every_mixer_gives_all_its_weights_a_gradient(single_rank, static):
+    """Overlapped reduction waits for each; Megatron would raise."""
+    delta = GatedDeltaNetConfig(num_heads=2, head_dim=8, expand_v=1.0)
+    mixers = MIXERS | {"jet": MIXERS["jet"].replace(static_kernel=static), "gated_delta_net": delta}
+    model = student_config(("jet", "gated_delta_net", "gla", "swa:8"), qkv_bias=True, mixers=mixers)
+    student, teacher = built(model, seed=2), built(teacher_config(), seed=1)
+    freeze(student, ("*",))
+    chunks = [DistillationModel(student[0], teacher[0], DISTILL, 4)]
+    models = wrap_data_parallel(chunks, distributed_optimizer=True, overlap=True)
+    models[0].zero_grad_buffer()
+    batches = batches_for(0, 1, 2)
+    run_microbatches(models, batches, normalizer(batches), forward_only=False)
 
 
 def test_recomputation_changes_nothing(pool, expected):

@@ -40,7 +40,7 @@ def teacher_config() -> ModelConfig:
 
 
 def student_config(plan: tuple[str, ...] = ("jet", "attn", "gla", "jet"), **changes) -> ModelConfig:
-    return ModelConfig(**(SIZES | changes), layer_plan=plan, mixers=MIXERS)
+    return ModelConfig(**(SIZES | {"mixers": MIXERS} | changes), layer_plan=plan)
 
 
 class RandomLoader:
