@@ -12,13 +12,17 @@ from megatron_jet.configs.errors import UserError
 SCHEMA_VERSION = 1
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Replace `path` by `text` atomically (temporary file in the same directory, fsync, rename)."""
+def write_text(path: str | Path, text: str, mode: int = 0o666) -> None:
+    """Replace `path` by `text` atomically (temporary file in the same directory, fsync, rename).
+
+    Args:
+        mode: permissions before the umask; 0o600 for what only its owner may read.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(path)
     try:
-        with open(temporary, "x", encoding="utf-8") as f:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as f:
             f.write(text)
             f.flush()
             os.fsync(f.fileno())

@@ -7,7 +7,15 @@ import pytest
 
 from jet_launcher.slurm.experiment import check_paths
 from jet_launcher.slurm.graph import Job
-from jet_launcher.slurm.scripts import JobPlace, default_python, sbatch_options, setup_lines, srun_options, step_script
+from jet_launcher.slurm.scripts import (
+    JobPlace,
+    default_python,
+    sbatch_options,
+    setup_lines,
+    srun_options,
+    step_script,
+    write_scripts,
+)
 from megatron_jet.configs.cluster import ClusterConfig
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.training import ParallelConfig
@@ -32,8 +40,9 @@ def place(tmp_path) -> JobPlace:
     return JobPlace(tmp_path / "run", tmp_path / "code", tmp_path, "python3")
 
 
-def environment_after(script: str, tmp_path) -> dict[str, str]:
+def environment_after(script: str, tmp_path, cluster: ClusterConfig) -> dict[str, str]:
     """Variables that a script exports, with the shipped shell files replaced by one that prints them."""
+    write_scripts([JOB], cluster, place(tmp_path))
     shell = tmp_path / "code" / "slurm"
     shell.mkdir(parents=True, exist_ok=True)
     (shell / "job.sh").write_text(
@@ -47,7 +56,7 @@ def environment_after(script: str, tmp_path) -> dict[str, str]:
 @pytest.mark.parametrize("text", [setup_lines, step_script])
 def test_hostile_values_reach_the_process_unchanged(tmp_path, text):
     cluster = ClusterConfig(env=HOSTILE, preflight={"command": "echo 'a b' \"$X\"; false"})
-    seen = environment_after(text(JOB, cluster, place(tmp_path)), tmp_path)
+    seen = environment_after(text(JOB, cluster, place(tmp_path)), tmp_path, cluster)
     assert {key: seen[key] for key in HOSTILE} == HOSTILE
     assert seen["POSTNAS_PREFLIGHT_COMMAND"] == "echo 'a b' \"$X\"; false"
     assert not (tmp_path / "pwned").exists()
@@ -56,21 +65,51 @@ def test_hostile_values_reach_the_process_unchanged(tmp_path, text):
 def test_nemo_runs_replacement_does_not_touch_values(tmp_path):
     cluster = ClusterConfig(env=HOSTILE)
     replaced = setup_lines(JOB, cluster, place(tmp_path)).replace("/nemo_run", "/somewhere/else")
-    assert environment_after(replaced, tmp_path)["NEMO"] == HOSTILE["NEMO"]
+    assert environment_after(replaced, tmp_path, cluster)["NEMO"] == HOSTILE["NEMO"]
+
+
+def test_values_of_the_environment_are_for_their_owner_alone(tmp_path):
+    cluster = ClusterConfig(env={"TOKEN": "hf_secret", "OTHER": "x"})
+    where = place(tmp_path)
+    write_scripts([JOB], cluster, where)
+    holding = [path for path in where.cluster_dir.rglob("*") if path.is_file() and "hf_secret" in path.read_text()]
+    assert [path.stat().st_mode & 0o777 for path in holding] == [0o600]
+    assert "hf_secret" not in setup_lines(JOB, cluster, where), "NeMo-Run keeps these lines in files of its own"
+    assert "TOKEN OTHER" in setup_lines(JOB, cluster, where)
+    assert environment_after(step_script(JOB, cluster, where), tmp_path, cluster)["TOKEN"] == "hf_secret"
+
+
+def test_jobs_of_an_earlier_submission_keep_their_environment(tmp_path):
+    first, second = ClusterConfig(env={"A": "1"}), ClusterConfig(env={"A": "2"})
+    script = setup_lines(JOB, first, place(tmp_path))
+    write_scripts([JOB], first, place(tmp_path))
+    assert environment_after(script, tmp_path, second)["A"] == "1"
+
+
+@pytest.mark.parametrize("text", [setup_lines, step_script])
+def test_job_without_its_environment_does_not_start(tmp_path, text):
+    script = text(JOB, ClusterConfig(env={"A": "1"}), place(tmp_path))
+    assert subprocess.run(["bash", "-c", script], capture_output=True, cwd=tmp_path).returncode == 1
+
+
+def test_env_may_change_what_the_launcher_would_set(tmp_path):
+    cluster = ClusterConfig(env={"HF_HUB_OFFLINE": "0"})
+    seen = environment_after(step_script(JOB, cluster, place(tmp_path)), tmp_path, cluster)
+    assert (seen["HF_HUB_OFFLINE"], seen["HF_DATASETS_OFFLINE"]) == ("0", "1")
 
 
 def test_nemo_runs_replacement_does_not_touch_setup_lines(tmp_path):
     lines = ("if true; then", "  export SEEN='it''s '/nemo_run/x\"$(echo /nemo_run)\"", "fi", "export LAST=$SEEN")
     cluster = ClusterConfig(setup=lines)
     replaced = setup_lines(JOB, cluster, place(tmp_path)).replace("/nemo_run", "/somewhere/else")
-    seen = environment_after(replaced, tmp_path)
+    seen = environment_after(replaced, tmp_path, cluster)
     assert seen["LAST"] == "its /nemo_run/x/nemo_run"
-    assert environment_after(step_script(JOB, cluster, place(tmp_path)), tmp_path)["LAST"] == seen["LAST"]
+    assert environment_after(step_script(JOB, cluster, place(tmp_path)), tmp_path, cluster)["LAST"] == seen["LAST"]
 
 
 def test_modules_are_quoted_and_come_before_the_setup_lines(tmp_path):
     cluster = ClusterConfig(modules=("cuda/13", "a b; touch pwned"), setup=('export SEEN="$LOADED"',))
-    seen = environment_after(setup_lines(JOB, cluster, place(tmp_path)), tmp_path)
+    seen = environment_after(setup_lines(JOB, cluster, place(tmp_path)), tmp_path, cluster)
     assert seen["SEEN"] == "<cuda/13><a b; touch pwned>"
     assert not (tmp_path / "pwned").exists()
 

@@ -155,6 +155,6 @@ def test_submission_without_slurm_is_one_line(login_node, tmp_path):
 def test_inputs_that_need_a_network_are_named_before_anything_is_submitted(login_node, tmp_path):
     environment = {**login_node, "JET_TEACHERS": str(tmp_path / "t"), "JET_DATA": str(tmp_path / "d")}
     done = call(environment, "run", "jet_nemotron_2b", "--cluster", "example_h100", cwd=tmp_path)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "teacher.path=" in done.stderr and "data.path=" in done.stderr and "tools/prefetch.py" in done.stderr
     assert not list(tmp_path.iterdir())

@@ -18,11 +18,10 @@ from jet_launcher.slurm.scripts import (
     sbatch_options,
     setup_lines,
     srun_options,
-    step_script,
+    write_scripts,
 )
 from megatron_jet.configs.cluster import ClusterConfig
 from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.files import write_text
 
 # NeMo-Run replaces this in every script it writes without a container.
 REPLACED_PATH = "/nemo_run"
@@ -65,8 +64,7 @@ def submit(
         UserError: NeMo-Run is not installed, or sbatch refused a job (those submitted before are cancelled).
     """
     check_paths(place)
-    for job in graph.jobs:
-        write_text(place.step_script(job), step_script(job, cluster, place))
+    write_scripts(graph.jobs, cluster, place)
     with _scheduler_environment(), _nemo_run(nemo_home()) as run:
         experiment, log = _experiment(run, graph, cluster, place, title, waits_for or {})
         try:

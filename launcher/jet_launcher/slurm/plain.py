@@ -16,7 +16,7 @@ from jet_launcher.slurm.experiment import check_path
 from jet_launcher.slurm.graph import Job, build_graph
 from jet_launcher.slurm.launch import ROOT, Target, job_place
 from jet_launcher.slurm.package import ship_code
-from jet_launcher.slurm.scripts import JobPlace, sbatch_options, setup_lines, step_script
+from jet_launcher.slurm.scripts import JobPlace, sbatch_options, setup_lines, write_scripts
 from megatron_jet.configs.candidates import split_target
 from megatron_jet.configs.cluster import ClusterConfig
 from megatron_jet.configs.errors import UserError
@@ -40,7 +40,7 @@ def plan(cluster_name: str, run_dir: str, target: str, recipe: list[str]) -> lis
     check_path("run directory", run.path.resolve())
     job = _job(config, target, chosen.cluster)
     place = job_place(run, chosen.cluster, ship_code(ROOT, run.path.resolve()).path)
-    write_text(place.step_script(job), step_script(job, chosen.cluster, place))
+    write_scripts([job], chosen.cluster, place)
     prelude = place.cluster_dir / "plain" / f"{job.name}.sh"
     write_text(prelude, setup_lines(job, chosen.cluster, place) + "\n")
     return [str(prelude), *_options(run, job, chosen.cluster, place)]

@@ -4,12 +4,15 @@ Everything here is data turned into text. The logic of a job (signals, requeuein
 slurm/step.sh, which the texts below source from the code that ships with the job.
 """
 
+import hashlib
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from jet_launcher.slurm.graph import Job
 from megatron_jet.configs.cluster import ClusterConfig
+from megatron_jet.configs.files import write_text
 
 EARLY_WARNING_SIGNAL = "USR1"
 # After the first process of a step ends, the others may take this long to save and leave.
@@ -40,6 +43,11 @@ class JobPlace:
 
     def step_script(self, job: Job) -> Path:
         return self.cluster_dir / "steps" / f"{job.name}.sh"
+
+    def environment_script(self, cluster: ClusterConfig) -> Path:
+        """Named by its content: jobs of an earlier submission keep theirs."""
+        digest = hashlib.sha256(environment_text(cluster).encode()).hexdigest()
+        return self.cluster_dir / "environment" / f"{digest[:12]}.sh"
 
     def state_dir(self, job: Job) -> Path:
         """Where the job's progress is on disk: a candidate has a directory of its own."""
@@ -130,16 +138,28 @@ def job_variables(job: Job, cluster: ClusterConfig, place: JobPlace) -> dict[str
     }
 
 
+def write_scripts(jobs: Iterable[Job], cluster: ClusterConfig, place: JobPlace) -> None:
+    """Write the step script of every job, and the environment that only its owner may read: it may hold tokens."""
+    if cluster.env:
+        write_text(place.environment_script(cluster), environment_text(cluster), mode=0o600)
+    for job in jobs:
+        write_text(place.step_script(job), step_script(job, cluster, place))
+
+
+def environment_text(cluster: ClusterConfig) -> str:
+    """The cluster file's `env` as a shell file."""
+    return "\n".join([*_exports(cluster.env), ""])
+
+
 def setup_lines(job: Job, cluster: ClusterConfig, place: JobPlace) -> str:
     """Lines of the batch script before the step starts."""
-    variables = {**_environment(cluster), **job_variables(job, cluster, place)}
     steps = [*srun_options(), *container_options(cluster, place)]  # preflight's, and the plain script's
     # Preflight asks with them whether the job can start without some nodes; it adds those that are excluded already.
     options = {key: value for key, value in sbatch_options(job, cluster).items() if key != "exclude"}
     return "\n".join(
         [
             "set +evx",
-            *_exports(variables),
+            *_variables(job, cluster, place),
             f"postnas_srun=({' '.join(map(quote, steps))})",
             f"postnas_sbatch=({' '.join(map(quote, sbatch_words(options)))})",
             'source "$POSTNAS_CODE/slurm/job.sh"',
@@ -152,9 +172,8 @@ def setup_lines(job: Job, cluster: ClusterConfig, place: JobPlace) -> str:
 
 def step_script(job: Job, cluster: ClusterConfig, place: JobPlace) -> str:
     """The script of every process. It repeats the variables: a container may have started with others."""
-    variables = {**_environment(cluster), **job_variables(job, cluster, place)}
     source = 'source "$POSTNAS_CODE/slurm/step.sh"'
-    return "\n".join(["#!/bin/bash", *_exports(variables), *cluster.setup, source, ""])
+    return "\n".join(["#!/bin/bash", *_variables(job, cluster, place), *cluster.setup, source, ""])
 
 
 def quote(value: str) -> str:
@@ -180,11 +199,15 @@ def default_python(cluster: ClusterConfig, own: str) -> str:
     return "python" if cluster.container is not None else own
 
 
-def _environment(cluster: ClusterConfig) -> dict[str, str]:
-    offline = (
-        {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"} if cluster.offline else {}
-    )
-    return {"TOKENIZERS_PARALLELISM": "false", **offline, **cluster.env}
+def _variables(job: Job, cluster: ClusterConfig, place: JobPlace) -> list[str]:
+    """Lines that set everything; later ones win. The values of `env` stay out of files that others may read."""
+    offline = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE") if cluster.offline else ()
+    own = quote(str(place.environment_script(cluster)))
+    return [
+        *_exports({"TOKENIZERS_PARALLELISM": "false", **dict.fromkeys(offline, "1")}),
+        *([f"source {own} || exit 1  # {' '.join(cluster.env)}"] if cluster.env else []),
+        *_exports(job_variables(job, cluster, place)),
+    ]
 
 
 def _exports(variables: dict[str, str]) -> list[str]:
