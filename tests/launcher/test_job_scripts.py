@@ -145,6 +145,16 @@ def test_python_of_the_jobs():
     assert default_python(ClusterConfig(), "/own/python") == "/own/python"
 
 
+@pytest.mark.parametrize("path", ["/a b", "/a,b", "/a:b"])
+@pytest.mark.parametrize("what", ["run directory", "working directory"])
+def test_paths_that_a_container_cannot_mount_are_refused(path, what):
+    paths = {"run directory": Path("/r"), "working directory": Path("/w"), what: Path(path)}
+    where = JobPlace(paths["run directory"], Path("/c"), paths["working directory"], "python3")
+    with pytest.raises(UserError, match=f"{what} {path}: a container can mount"):
+        setup_lines(JOB, ClusterConfig(container={"image": "a"}), where)
+    setup_lines(JOB, ClusterConfig(), where)
+
+
 @pytest.mark.parametrize("path", ["/a b/run", "/a;b", "/a'b", "/x/nemo_run/y", "/a\nb"])
 def test_paths_that_nemo_run_would_break_are_refused(path):
     with pytest.raises(UserError, match="run directory"):

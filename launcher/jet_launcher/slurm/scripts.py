@@ -5,6 +5,7 @@ slurm/step.sh, which the texts below source from the code that ships with the jo
 """
 
 import hashlib
+import re
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from jet_launcher.slurm.graph import Job
 from megatron_jet.configs.cluster import ClusterConfig
+from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import write_text
 
 EARLY_WARNING_SIGNAL = "USR1"
@@ -105,11 +107,18 @@ def container_options(cluster: ClusterConfig, place: JobPlace, *extra_mounts: st
 
 
 def container_mounts(cluster: ClusterConfig, place: JobPlace) -> list[str]:
-    """The cluster file's mounts, and the run directory and the working directory at their own paths."""
+    """The cluster file's mounts, and the run directory and the working directory at their own paths.
+
+    Raises:
+        UserError: pyxis cannot mount one of these two.
+    """
     if cluster.container is None:
         return []
-    own = {str(path): None for path in (place.run_dir, place.cwd)}
-    return [*cluster.container.mounts, *(f"{path}:{path}" for path in own)]
+    own = {str(place.cwd): "working directory", str(place.run_dir): "run directory"}
+    for path, what in own.items():
+        if not re.fullmatch(r"[A-Za-z0-9_./@+=~-]+", path):
+            raise UserError(f"{what} {path}: a container can mount it with letters, digits and _ . / @ + = ~ - only")
+    return [*cluster.container.mounts, *(f"{path}:{path}" for path in sorted(own))]
 
 
 def job_variables(job: Job, cluster: ClusterConfig, place: JobPlace) -> dict[str, str]:
