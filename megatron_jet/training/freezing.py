@@ -36,12 +36,14 @@ def trains(name: str, patterns: tuple[str, ...]) -> bool:
 def freeze(chunks: list[nn.Module], patterns: tuple[str, ...]) -> None:
     """Set requires_grad by the patterns. Must run before gradient buffers and optimiser are made.
 
+    What a mixer froze itself stays frozen: a static JetBlock's kernel generator takes no part in the forward pass.
+
     Raises:
         UserError: nothing is left to train, in the whole model or on one pipeline stage.
     """
     count = 0
     for name, parameter in named_parameters(chunks):
-        parameter.requires_grad_(trains(name, patterns))
+        parameter.requires_grad_(parameter.requires_grad and trains(name, patterns))
         count += parameter.requires_grad
     fewest = torch.tensor([count, -count], device=torch.cuda.current_device())
     dist.all_reduce(fewest, dist.ReduceOp.MIN)

@@ -166,7 +166,7 @@ def test_overlapped_reduction_gives_the_same_weights(pool, layout, distributed):
 
 @pytest.mark.parametrize("static", [False, True])
 def test_every_mixer_gives_all_its_weights_a_gradient(single_rank, static):
-    """Overlapped reduction on several ranks waits for every one of them."""
+    """All that train: overlapped reduction on several ranks waits for every one of them."""
     delta = GatedDeltaNetConfig(num_heads=2, head_dim=8, expand_v=1.0)
     mixers = MIXERS | {"jet": MIXERS["jet"].replace(static_kernel=static), "gated_delta_net": delta}
     model = student_config(("jet", "gated_delta_net", "gla", "swa:8"), qkv_bias=True, mixers=mixers)
@@ -174,7 +174,9 @@ def test_every_mixer_gives_all_its_weights_a_gradient(single_rank, static):
     freeze(student, ("*",))
     [batch] = batches_for(0, 1, 1)
     DistillationModel(student[0], teacher[0], DISTILL, 4)(batch, normalizer([batch])).backward()
-    assert [name for name, parameter in named_parameters(student) if parameter.grad is None] == []
+    trained = {name: parameter for name, parameter in named_parameters(student) if parameter.requires_grad}
+    assert any("kernel_w1" in name for name in trained) != static
+    assert [name for name, parameter in trained.items() if parameter.grad is None] == []
 
 
 def test_recomputation_changes_nothing(pool, expected):
