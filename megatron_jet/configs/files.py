@@ -40,11 +40,11 @@ def temporary_beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial-{secrets.token_hex(8)}")
 
 
-def write_json(path: str | Path, obj: Any) -> None:
-    """Write `obj` as indented JSON, atomically. Dicts get a `schema_version` when they have none."""
+def write_json(path: str | Path, obj: Any, mode: int = 0o666) -> None:
+    """Write `obj` as indented JSON, atomically, as `write_text`. Dicts get a `schema_version` when they have none."""
     if isinstance(obj, dict) and "schema_version" not in obj:
         obj = {"schema_version": SCHEMA_VERSION, **obj}
-    write_text(path, json.dumps(obj, indent=2, allow_nan=True) + "\n")
+    write_text(path, json.dumps(obj, indent=2, allow_nan=True) + "\n", mode)
 
 
 def read_json(path: str | Path) -> Any:
