@@ -6,16 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jet_launcher.clusters import load_cluster, read_cluster, ssh_tunnel
-from jet_launcher.exit_codes import DONE
+from jet_launcher.clusters import find_cluster, load_cluster, read_cluster, ssh_tunnel
+from jet_launcher.exit_codes import DONE, INTERRUPTED
 from jet_launcher.forecast import check_space, disk_needed
 from jet_launcher.options import LaunchOptions, check_inputs, data_notes, inputs_problem
 from jet_launcher.prefetch import refuse_missing
 from jet_launcher.remote import launch_remotely
-from jet_launcher.run_directory import RunDirectory, check_directory, check_upstream_results, open_run
+from jet_launcher.run_directory import RunDirectory, check_directory, check_upstream_results, open_run, safe_name
 from jet_launcher.slurm.launch import Target, dry_run, live_jobs, submit_run, wait_for
-from jet_launcher.slurm.overview import job_views, run_word
+from jet_launcher.slurm.overview import run_word, shown_views
 from jet_launcher.slurm.record import read_record
+from jet_launcher.slurm.taken import Interrupted
 from jet_launcher.usage import UsageError, usage_errors
 from megatron_jet.configs.cluster import TunnelConfig
 from megatron_jet.configs.errors import UserError
@@ -54,9 +55,11 @@ def cluster_of(run: RunDirectory, asked: str | None) -> Target | RemoteTarget | 
     if record is None:
         return None
     try:
-        return load_target(record.name)
-    except UserError:
-        return Target(record.name, record.cluster)  # the file is gone; the run has a copy
+        find_cluster(record.name)
+    except UserError as gone:
+        print(f"{run.id}: goes on with its copy of the cluster file ({gone})", file=sys.stderr)
+        return Target(record.name, record.cluster)
+    return load_target(record.name)
 
 
 def launch_on_cluster(
@@ -96,17 +99,21 @@ def continue_on_cluster(
     check_space(disk_needed(estimate_run(config, teacher), todo), run)
     for note in data_notes(config, todo):
         print(f"note: {note}", file=stream)
-    record = submit_run(run, config, teacher, stages, target, stream)
+    try:
+        record = submit_run(run, config, teacher, stages, target, stream)
+    except Interrupted as error:
+        print(f"error: {error}", file=sys.stderr)
+        return INTERRUPTED
     code = wait_for(run, stream) if options.wait else DONE
     if options.as_json:
-        views = job_views(run, record)
-        summary = {"run": str(run.path), "state": run_word(views), "exit_code": code}
+        views, silence = shown_views(run, record)
+        summary = {"run": str(run.path), "state": run_word(views), "exit_code": code, "slurm_error": silence or None}
         print(json.dumps({"schema_version": 1, **summary, "jobs": [view.to_dict() for view in views]}, indent=2))
     return code
 
 
 def refuse_live_jobs(run: RunDirectory) -> None:
-    """Raise UserError when the run has jobs in a queue: two workers would write the same files."""
+    """Raise UserError when the run has jobs in a queue, or may have: two workers would write the same files."""
     live = live_jobs(read_record(run))
     if live:
         names = ", ".join(live)
@@ -119,7 +126,7 @@ def _dry_run(config: RunConfig, stages: tuple[str, ...], options: LaunchOptions,
         missing = inputs_problem(config)
     except UserError as error:
         missing = str(error)
-    output = options.output or root / f"{config.recipe}-TIME"
+    output = options.output or root / f"{safe_name(config.recipe)}-TIME"
     run = RunDirectory(output)
     if options.output is not None:
         check_directory(config, run)

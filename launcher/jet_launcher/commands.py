@@ -22,6 +22,7 @@ from jet_launcher.run_directory import RunDirectory, find_run, list_runs
 from jet_launcher.slurm.commands import cluster_cancel, cluster_logs, cluster_status
 from jet_launcher.slurm.overview import job_views, run_word
 from jet_launcher.slurm.record import read_record
+from jet_launcher.slurm.state import UNKNOWN, NoAnswer
 from jet_launcher.stage_status import DONE as STAGE_DONE
 from jet_launcher.stage_status import RUNNING, read_run, run_state
 from megatron_jet.configs.errors import UserError
@@ -32,11 +33,14 @@ CANCEL_TIMEOUT = 600.0  # seconds a worker may take to save
 
 def list_command(root: Path, as_json: bool) -> int:
     """All runs under `root`."""
-    rows = []
+    rows, silence = [], ""
     for run in list_runs(root):
         try:
-            statuses, state = read_run(run), state_of(run)
-            recipe = run.config().recipe
+            statuses, recipe = read_run(run), run.config().recipe
+            try:
+                state = state_of(run, ask_slurm=not silence)
+            except NoAnswer as error:
+                state, silence = UNKNOWN, error.reason
         except UserError as error:
             # One run of an older version must not hide the others.
             rows.append(
@@ -48,6 +52,8 @@ def list_command(root: Path, as_json: bool) -> int:
         rows.append(
             {"id": run.id, "recipe": recipe, "state": state, "done": done, "stages": len(statuses), "updated": updated}
         )
+    if silence:
+        print(f"Slurm does not answer ({silence})", file=sys.stderr)
     if as_json:
         print(json.dumps({"schema_version": 1, "runs": rows}, indent=2))
     elif not rows:
@@ -67,7 +73,7 @@ def status_command(run_id: str, root: Path, as_json: bool) -> int:
     remote, record = remote_of(run), read_record(run)
     if remote is not None:
         return remote.forward("status", *(["--json"] if as_json else []))
-    if record is not None:
+    if record is not None and record.jobs:
         return cluster_status(run, record, as_json)
     statuses = read_run(run)
     state = run_state(run, statuses)
@@ -85,6 +91,8 @@ def status_command(run_id: str, root: Path, as_json: bool) -> int:
     for status in statuses:
         text = f"running: {describe(status)}" if status.state == RUNNING else describe_end(status)
         print(f"  {status.stage.ljust(width)}  {text.removesuffix(': ')}")
+    if record is not None and state != RUNNING:
+        print(f"no job of it is at {record.name} yet; submit with: python launcher/postnas.py resume {run.path}")
     if run.report_file.is_file():
         print(f"report: {run.report_file}")
     return DONE
@@ -97,7 +105,7 @@ def logs_command(run_id: str, stage: str | None, follow: bool, root: Path) -> in
     try:
         if remote is not None:
             return remote.forward("logs", *([stage] if stage else []), *(["-f"] if follow else []))
-        if record is not None:
+        if record is not None and record.jobs:
             return cluster_logs(run, record, stage, follow, sys.stdout)
         show_log(run, stage, follow, sys.stdout)
     except (KeyboardInterrupt, BrokenPipeError):
@@ -124,7 +132,7 @@ def cancel_command(run_id: str, root: Path) -> int:
     remote, record = remote_of(run), read_record(run)
     if remote is not None:
         return remote.forward("cancel")
-    if record is not None and holder is None:
+    if record is not None and record.jobs and holder is None:
         return cluster_cancel(run, record)
     if holder is None:
         print(f"{run.id} is not running")
@@ -161,12 +169,21 @@ def clean_command(run_id: str, root: Path, everything: bool, dryrun: bool) -> in
     return DONE
 
 
-def state_of(run: RunDirectory) -> str:
-    """One word for a run, wherever it is."""
+def state_of(run: RunDirectory, ask_slurm: bool = True) -> str:
+    """One word for a run, wherever it is.
+
+    Args:
+        ask_slurm: no: `unknown` for a run on a cluster. A silent Slurm takes long to say nothing.
+
+    Raises:
+        NoAnswer: the run is on a cluster and Slurm is silent.
+    """
     if remote_of(run) is not None:
         return "remote"
     record = read_record(run)
-    return run_word(job_views(run, record)) if record else run_state(run, read_run(run))
+    if record is None or not record.jobs:
+        return run_state(run, read_run(run))
+    return run_word(job_views(run, record)) if ask_slurm else UNKNOWN
 
 
 def _ago(moment: float | None) -> str:

@@ -27,6 +27,7 @@ from jet_launcher.run_directory import (
     describe_os_error,
     find_run,
     open_run,
+    safe_name,
 )
 from jet_launcher.stage_status import read_run, run_state
 from jet_launcher.usage import usage_errors
@@ -84,13 +85,13 @@ def execute(
     run: RunDirectory, config: RunConfig, teacher: ModelConfig, stages: tuple[str, ...], options: LaunchOptions
 ) -> int:
     """Run stages in an existing run directory. Returns the exit code."""
-    refuse_live_jobs(run)
     expected = forecast(config, teacher, stages, run, options.root)
     check_disk(expected, run)
     # A program reads stdout under --json; people still see progress on stderr.
     stream = sys.stderr if options.as_json else sys.stdout
     try:
         with run_lock(run.lock_file):
+            refuse_live_jobs(run)
             record_launch(run, config, stages)
             _announce(run, stages, expected, stream)
             for note in data_notes(config, stages):
@@ -144,7 +145,7 @@ def _dry_run(config: RunConfig, stages: tuple[str, ...], options: LaunchOptions)
         teacher = teacher_model(config.teacher)
         check_layout(config, teacher)
     estimate = estimate_run(config, teacher)
-    output = options.output or options.root / f"{config.recipe}-<time>"
+    output = options.output or options.root / f"{safe_name(config.recipe)}-<time>"
     run = RunDirectory(output)
     if options.output is not None:
         check_directory(config, run)

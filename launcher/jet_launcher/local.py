@@ -1,19 +1,18 @@
 """Running stages on this machine: start the worker, show what it does, pass signals on, say how it ended."""
 
-import contextlib
 import re
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 from jet_launcher import stage_status as states
 from jet_launcher.exit_codes import DONE, FAILED, INTERRUPTED
 from jet_launcher.processes import WorkerProcesses, worker_command, worker_environment
 from jet_launcher.progress import Display
 from jet_launcher.run_directory import DEFAULT_ROOT, RunDirectory
+from jet_launcher.signals import Interrupts, caught_signals
 from jet_launcher.stage_status import StageStatus, read_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,28 +31,6 @@ class Outcome:
     log_tail: tuple[str, ...] = ()
 
 
-class _Interrupts:
-    """Counts Ctrl-C, SIGTERM and a closed terminal, so that the loop acts on them between two polls."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.count += 1
-
-
-@contextlib.contextmanager
-def _caught_signals() -> Iterator[_Interrupts]:
-    interrupts = _Interrupts()
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, interrupts) for number in numbers}
-    try:
-        yield interrupts
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def run_local(run: RunDirectory, stages: Sequence[str], nproc: int, display: Display) -> Outcome:
     """Run `stages` in one worker and wait for it. The caller holds the run lock.
 
@@ -62,7 +39,7 @@ def run_local(run: RunDirectory, stages: Sequence[str], nproc: int, display: Dis
     stages = tuple(stages)
     started = time.time()
     log_start = run.log_file.stat().st_size if run.log_file.exists() else 0
-    with _caught_signals() as interrupts:
+    with caught_signals() as interrupts:
         worker = WorkerProcesses(
             worker_command(run.path.resolve(), stages, nproc), worker_environment(nproc, ROOT), run.log_file
         )
@@ -83,7 +60,7 @@ def _wait(
     stages: tuple[str, ...],
     nproc: int,
     display: Display,
-    interrupts: _Interrupts,
+    interrupts: Interrupts,
 ) -> int:
     answered = 0
     while (code := worker.poll()) is None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from jet_launcher.run_directory import describe_os_error
 from megatron_jet.configs.errors import UserError
 
 
@@ -27,9 +28,12 @@ def run_lock(path: Path) -> Iterator[None]:
     """Hold the lock file `path`.
 
     Raises:
-        UserError: another process holds it; names the process.
+        UserError: another process holds it (named), or the directory cannot be written (somebody else's run).
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(describe_os_error(error, path.parent)) from None
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

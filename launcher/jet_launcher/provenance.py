@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any
 
+from jet_launcher.git import ask_git
 from jet_launcher.run_directory import RunDirectory
 from megatron_jet.configs.files import hash_json, read_json, write_json
 from megatron_jet.configs.run import RunConfig
@@ -23,13 +24,16 @@ RECORDED_VARIABLES = ("OMP_NUM_THREADS", "JET_KERNELS", "JET_WORKER", "CUDA_VISI
 def record_launch(run: RunDirectory, config: RunConfig, stages: tuple[str, ...]) -> None:
     """Add this launch to provenance.json. Every launch has its own record: later code may continue a run."""
     provenance = run.provenance()
+    git = git_state(ROOT)
+    if "error" in git:
+        print(f"warning: provenance.json cannot say which code this is: {git['error']}", file=sys.stderr)
     provenance.setdefault("config_hash", hash_json(config.to_dict()))
     provenance.setdefault("launches", []).append(
         {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "command": shlex.join([Path(sys.executable).name, *sys.argv]),
             "stages": list(stages),
-            "git": git_state(ROOT),
+            "git": git,
             "python": platform.python_version(),
             "packages": package_versions(),
             "hardware": hardware(),
@@ -46,19 +50,26 @@ def last_stages(run: RunDirectory) -> str | None:
 
 
 def git_state(root: Path) -> dict[str, Any]:
-    """Revision, uncommitted changes as a diff, and untracked files; `revision` is None outside a checkout."""
+    """Revision, uncommitted changes as a diff, and untracked files.
+
+    `revision` is None outside a checkout, and where git refuses: `error` says why then.
+    """
     copied = root / "git_state.json"
     if copied.is_file():
         return read_json(copied)  # a copy of a checkout: as it was where it was copied
-    revision = _git(root, "rev-parse", "HEAD")
-    if revision is None:
-        return {"revision": None, "dirty": None, "diff": "", "untracked": []}
-    diff = _git(root, "diff", "HEAD") or ""
-    untracked = (_git(root, "ls-files", "--others", "--exclude-standard") or "").splitlines()
-    state = {"revision": revision.strip(), "dirty": bool(diff), "diff": diff[:MAX_DIFF_CHARACTERS]}
+    nothing = {"revision": None, "dirty": None, "diff": "", "untracked": []}
+    revision = ask_git(root, "rev-parse", "HEAD")
+    if revision.error:
+        return {**nothing, "error": revision.error} if (root / ".git").exists() else nothing
+    answers = [ask_git(root, "diff", "HEAD"), ask_git(root, "ls-files", "--others", "--exclude-standard")]
+    diff, untracked = (answer.text for answer in answers)
+    state = {"revision": revision.text.strip(), "dirty": bool(diff), "diff": diff[:MAX_DIFF_CHARACTERS]}
     if len(diff) > MAX_DIFF_CHARACTERS:
         state["diff_cut"] = f"first {MAX_DIFF_CHARACTERS} of {len(diff)} characters"
-    return {**state, "untracked": untracked}
+    errors = [answer.error for answer in answers if answer.error]
+    if errors:
+        state |= {"dirty": bool(diff) or None, "error": "; ".join(errors)}
+    return {**state, "untracked": untracked.splitlines()}
 
 
 def package_versions() -> dict[str, str]:
@@ -116,11 +127,3 @@ def _memory_bytes() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (OSError, ValueError):
         return None
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    try:
-        result = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout if result.returncode == 0 else None

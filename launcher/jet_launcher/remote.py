@@ -22,7 +22,7 @@ import yaml
 
 from jet_launcher.options import LaunchOptions
 from jet_launcher.provenance import git_state
-from jet_launcher.run_directory import RunDirectory
+from jet_launcher.run_directory import RunDirectory, safe_name
 from jet_launcher.slurm.package import code_digest, code_files
 from jet_launcher.usage import UsageError
 from megatron_jet.configs.cluster import TunnelConfig
@@ -79,8 +79,7 @@ def launch_remotely(
     """
     if not isinstance(cluster.get("job_dir"), str):
         raise UsageError("tunnel.kind=ssh needs job_dir in the cluster file: the directory for runs over there")
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", config.recipe).strip("-.") or "run"
-    name = options.output.name if options.output else f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = options.output.name if options.output else f"{safe_name(config.recipe)}-{time.strftime('%Y%m%d-%H%M%S')}"
     path = f"{_expanded(tunnel, cluster['job_dir'])}/{name}"
     arguments = ["--output", path, "--stages", ",".join(stages), *(["--json"] if options.as_json else [])]
     if options.dryrun:

@@ -100,6 +100,11 @@ def check_directory(config: RunConfig, run: RunDirectory) -> None:
         raise UserError(f"{run.path} is a file; give a directory as --output")
 
 
+def safe_name(recipe: str) -> str:
+    """A recipe's name as part of a directory's."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", recipe).strip("-.") or "run"
+
+
 def describe_os_error(error: OSError, path: Path) -> str:
     """One line for a failed write."""
     if error.errno == errno.ENOSPC:
@@ -166,8 +171,7 @@ def check_upstream_results(config: RunConfig, stages: tuple[str, ...], path: Pat
 
 
 def _new_path(config: RunConfig, root: Path) -> Path:
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", config.recipe).strip("-.") or "run"
-    stem = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    stem = f"{safe_name(config.recipe)}-{datetime.now():%Y%m%d-%H%M%S}"
     path, count = root / stem, 1
     while path.exists():
         count += 1

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from launcher.cluster_place import ClusterPlace
+from launcher.fake_slurm import FakeSlurm
+
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 SHAPE = {
@@ -75,3 +78,16 @@ def start_launcher(workplace):
         if process.poll() is None:
             process.kill()
             process.wait()
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A current directory with a cluster."""
+    slurm = FakeSlurm(tmp_path / "slurm")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", slurm.path)
+    monkeypatch.setenv("NEMORUN_HOME", str(tmp_path / "nemo"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    for name in [name for name in os.environ if name.startswith(("SBATCH_", "JET_RUNS"))]:
+        monkeypatch.delenv(name)
+    return ClusterPlace(tmp_path, slurm)

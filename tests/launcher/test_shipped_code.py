@@ -1,12 +1,15 @@
 """The code that ships with a job, and what a run needs from a network."""
 
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from jet_launcher import provenance
 from jet_launcher.prefetch import Item, fetch, needed, refuse_missing
-from jet_launcher.provenance import git_state
+from jet_launcher.provenance import git_state, record_launch
+from jet_launcher.run_directory import RunDirectory
 from jet_launcher.slurm import package
 from jet_launcher.slurm.package import code_files, ship_code
 from megatron_jet.configs.errors import UserError
@@ -51,6 +54,34 @@ def test_provenance_holds_what_is_not_committed(checkout):
     assert len(state["revision"]) == 40 and state["dirty"]
     assert "+x = 2  # not committed" in state["diff"] and "deleted file mode" in state["diff"]
     assert state["untracked"] == ["megatron_jet/new.py"]
+
+
+def test_checkout_of_somebody_else_has_provenance(checkout, tmp_path):
+    """git refuses it unless told otherwise."""
+    for path in [checkout, *checkout.rglob("*")]:
+        os.chown(path, 4711, 4711, follow_symlinks=False)
+    refused = subprocess.run(["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True)
+    assert "dubious ownership" in refused.stderr
+    state = git_state(checkout)
+    assert len(state["revision"]) == 40 and "+x = 2" in state["diff"] and "error" not in state
+    assert "megatron_jet/new.py" in code_files(checkout) and "big.bin" not in code_files(checkout)
+
+
+def test_git_that_fails_is_no_checkout_without_changes(checkout, tmp_path, monkeypatch, capsys):
+    git_says = tmp_path / "bin" / "git"
+    git_says.parent.mkdir()
+    git_says.write_text("#!/bin/sh\necho 'fatal: detected dubious ownership' >&2\necho more >&2\nexit 128\n")
+    git_says.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{git_says.parent}:/usr/bin:/bin")
+    state = git_state(checkout)
+    assert (state["revision"], state["error"]) == (None, "fatal: detected dubious ownership")
+    assert "error" not in git_state(tmp_path), "no checkout at all"
+    monkeypatch.setattr(provenance, "ROOT", checkout)
+    run = RunDirectory(tmp_path / "run")
+    record_launch(run, load_recipe("tiny"), ("prepare",))
+    warning = "warning: provenance.json cannot say which code this is: fatal: detected dubious ownership\n"
+    assert capsys.readouterr().err == warning
+    assert run.provenance()["launches"][0]["git"]["error"] == state["error"]
 
 
 def test_same_content_ships_once_and_a_change_ships_anew(checkout, tmp_path):

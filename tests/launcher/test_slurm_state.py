@@ -46,9 +46,11 @@ def test_every_word_of_slurm_has_a_meaning():
         assert parse_squeue(f"1|{word}|None|n1|N/A")["1"].live
 
 
-def test_no_slurm_here(monkeypatch, tmp_path):
+def test_no_slurm_here_is_no_word_about_jobs(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert state.query_jobs(["1"]) == {"1": SlurmJob("1")}
+    with pytest.raises(state.NoAnswer, match=r"\(squeue: No such file or directory\)"):
+        state.query_jobs(["1"])
+    assert state.query_jobs([]) == {}
 
 
 def job(name: str, *depends: str, gpus: int = 8) -> dict:

@@ -9,8 +9,9 @@ from typing import TextIO
 from jet_launcher.exit_codes import DONE
 from jet_launcher.run_directory import RunDirectory
 from jet_launcher.slurm import state as slurm
-from jet_launcher.slurm.overview import JobView, hours_text, job_views, read_attempts, run_word, views_text
+from jet_launcher.slurm.overview import JobView, hours_text, read_attempts, run_word, shown_views, views_text
 from jet_launcher.slurm.record import ClusterRecord
+from jet_launcher.usage import UsageError
 from megatron_jet.configs.errors import UserError
 
 FOLLOW_SECONDS = 1.0
@@ -20,22 +21,29 @@ CANCEL_TIMEOUT = 600.0
 
 def cluster_status(run: RunDirectory, record: ClusterRecord, as_json: bool) -> int:
     """Every job: state, job ID, nodes, restarts, hours, step, losses, time left."""
-    views = job_views(run, record)
+    views, silence = shown_views(run, record)
     if as_json:
-        body = {"run": str(run.path), "state": run_word(views), "cluster": record.name}
+        body = {"run": str(run.path), "state": run_word(views), "cluster": record.name, "slurm_error": silence or None}
         print(json.dumps({"schema_version": 1, **body, "jobs": [view.to_dict() for view in views]}, indent=2))
         return DONE
-    last = record.submissions[-1]
+    last = record.submissions[-1]["experiment"]
     spent = f", {hours_text(views)} so far" if hours_text(views) else ""
-    print(f"{run.path}: {run_word(views)} on {record.name}{spent} (NeMo-Run experiment {last['experiment']})")
+    experiment = f" (NeMo-Run experiment {last})" if last else ""
+    print(f"{run.path}: {run_word(views)} on {record.name}{spent}{experiment}")
     print(views_text(views))
+    if silence:
+        print(f"Slurm does not answer ({silence}): only what files in the run directory tell is shown")
     if run.report_file.is_file():
         print(f"report: {run.report_file}")
     return DONE
 
 
 def cluster_cancel(run: RunDirectory, record: ClusterRecord) -> int:
-    """scancel every job of the run that waits or runs, and wait until Slurm has ended them."""
+    """scancel every job of the run that waits or runs, and wait until Slurm has ended them.
+
+    Raises:
+        UserError: Slurm does not answer or refuses, or a job does not end.
+    """
     states = slurm.query_jobs(record.all_job_ids)
     live = [job_id for job_id, job in states.items() if job.live]
     if not live:
@@ -43,13 +51,29 @@ def cluster_cancel(run: RunDirectory, record: ClusterRecord) -> int:
         return DONE
     # Dependents first: one whose dependency ends well in this very moment must not start.
     slurm.cancel_jobs(reversed(live))
-    deadline = time.monotonic() + CANCEL_TIMEOUT
-    while any(job.live for job in slurm.query_jobs(live).values()):
-        if time.monotonic() > deadline:
-            raise UserError(f"{run.id}: Slurm has not ended jobs {', '.join(live)} after {CANCEL_TIMEOUT:.0f} s")
-        time.sleep(FOLLOW_SECONDS)
-    print(f"{run.id}: {len(live)} jobs cancelled; continue with: python launcher/postnas.py resume {run.path}")
+    ended = _ended(run, live)
+    own = sum(job.state in (slurm.DONE, slurm.FAILED) for job in ended)
+    before = f" ({own} had ended before)" if own else ""
+    resume = f"python launcher/postnas.py resume {run.path}"
+    print(f"{run.id}: {len(live) - own} jobs cancelled{before}; continue with: {resume}")
     return DONE
+
+
+def _ended(run: RunDirectory, job_ids: list[str]) -> list[slurm.SlurmJob]:
+    """The jobs once none of them waits or runs. A Slurm that is silent for a while is waited for."""
+    deadline = time.monotonic() + CANCEL_TIMEOUT
+    while True:
+        try:
+            jobs = list(slurm.query_jobs(job_ids).values())
+        except slurm.NoAnswer:
+            if time.monotonic() > deadline:
+                raise
+        else:
+            if not any(job.live for job in jobs):
+                return jobs
+            if time.monotonic() > deadline:
+                raise UserError(f"{run.id}: Slurm has not ended jobs {', '.join(job_ids)} in {CANCEL_TIMEOUT:.0f} s")
+        time.sleep(FOLLOW_SECONDS)
 
 
 def cluster_logs(run: RunDirectory, record: ClusterRecord, name: str | None, follow: bool, stream: TextIO) -> int:
@@ -60,28 +84,27 @@ def cluster_logs(run: RunDirectory, record: ClusterRecord, name: str | None, fol
     Raises:
         UserError: no such stage or job, or nothing of it has started yet.
     """
-    views = job_views(run, record)
+    views, silence = shown_views(run, record)
     view = _chosen(run, record, views, name)
     positions: dict[Path, int] = {}
     _copy_new(log_files(run, record, view), positions, stream)
     checked = time.monotonic()
     while follow:
-        time.sleep(FOLLOW_SECONDS)
-        _copy_new(log_files(run, record, view), positions, stream)
-        if time.monotonic() - checked < STATE_SECONDS:
-            continue
-        checked, views = time.monotonic(), job_views(run, record)
+        if not silence and not view.slurm.live:
+            _copy_new(log_files(run, record, view), positions, stream)
+            if name is not None or not any(v.slurm.live for v in views):
+                print(f"{view.job.name}: {view.state}{f' ({view.note})' if view.note else ''}", file=sys.stderr)
+                return DONE
+            running = [v for v in views if v.state == slurm.RUNNING and log_files(run, record, v)]
+            if running:
+                view = running[-1]
+                print(f"==> {view.job.name} <==", file=stream)
+        while time.monotonic() - checked < STATE_SECONDS:
+            time.sleep(FOLLOW_SECONDS)
+            _copy_new(log_files(run, record, view), positions, stream)
+        views, silence = shown_views(run, record)
+        checked = time.monotonic()
         view = next(v for v in views if v.job.name == view.job.name)
-        if view.slurm.live:
-            continue
-        _copy_new(log_files(run, record, view), positions, stream)
-        running = [v for v in views if v.state == slurm.RUNNING and log_files(run, record, v)]
-        if name is not None or not any(v.slurm.live for v in views):
-            print(f"{view.job.name}: {view.state}{f' ({view.note})' if view.note else ''}", file=sys.stderr)
-            return DONE
-        if running:
-            view = running[-1]
-            print(f"==> {view.job.name} <==", file=stream)
     return DONE
 
 
@@ -94,7 +117,7 @@ def log_files(run: RunDirectory, record: ClusterRecord, view: JobView) -> list[P
         if found:
             return found
     preflight = sorted((run.path / "cluster" / "preflight").glob(f"{view.job_id}.*/log.txt"))
-    batch = record.batch_log(view.job.name, view.job_id)
+    batch = record.batch_log(run, view.job, view.job_id)
     return [*preflight[-1:], *([batch] if batch.is_file() else [])]
 
 
@@ -102,7 +125,7 @@ def _chosen(run: RunDirectory, record: ClusterRecord, views: list[JobView], name
     if name is not None:
         chosen = [view for view in views if name in (view.job.name, view.job.target, view.job.stage)]
         if not chosen:
-            raise UserError(f"{run.id} has no stage or job '{name}'; jobs: {', '.join(v.job.name for v in views)}")
+            raise UsageError(f"{run.id} has no stage or job '{name}'; jobs: {', '.join(v.job.name for v in views)}")
     else:
         chosen = views
     started = [view for view in chosen if log_files(run, record, view)]

@@ -4,13 +4,14 @@ import contextlib
 import io
 import os
 import re
+import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 
+from jet_launcher.signals import caught_signals
 from jet_launcher.slurm.graph import Job, JobGraph
 from jet_launcher.slurm.scripts import (
     JobPlace,
@@ -20,6 +21,7 @@ from jet_launcher.slurm.scripts import (
     srun_options,
     write_scripts,
 )
+from jet_launcher.slurm.taken import Interrupted, Submitted, Taken
 from megatron_jet.configs.cluster import ClusterConfig
 from megatron_jet.configs.errors import UserError
 
@@ -32,50 +34,42 @@ _FIELDS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Submitted:
-    """An experiment that Slurm has taken.
-
-    Attributes:
-        experiment: its NeMo-Run ID, for `nemo experiment status|logs|cancel`.
-        home: NEMORUN_HOME that holds it.
-        job_ids: Slurm's job ID by job name.
-    """
-
-    experiment: str
-    home: Path
-    job_ids: dict[str, str]
-
-
 def submit(
     graph: JobGraph,
     cluster: ClusterConfig,
     place: JobPlace,
     title: str,
-    waits_for: Mapping[str, list[str]] | None = None,
+    waits_for: Mapping[str, list[str]],
+    keep: Callable[[Submitted], None],
 ) -> Submitted:
-    """Write the step scripts and submit every job.
+    """Write the step scripts and submit every job, or none.
 
     Args:
         title: of the experiment; Slurm's job names are `title.job`.
         waits_for: by job name, IDs of jobs of an earlier submission that it also depends on.
+        keep: called whenever Slurm has taken one more job, with all so far.
 
     Raises:
         UserError: NeMo-Run is not installed, or sbatch refused a job (those submitted before are cancelled).
+        Interrupted: Ctrl-C, SIGTERM or a closed terminal (they are cancelled, too).
     """
     check_paths(place)
+    check_sbatch()
     write_scripts(graph.jobs, cluster, place)
-    with _scheduler_environment(), _nemo_run(nemo_home()) as run:
-        experiment, log = _experiment(run, graph, cluster, place, title, waits_for or {})
+    with caught_signals(_say_stopping) as interrupts, scheduler_environment(), _nemo_run(nemo_home()) as run:
+        experiment, log = _experiment(run, graph, cluster, place, title, waits_for)
+        taken = Taken(experiment._id, nemo_home(), keep, interrupts)
         try:
             with log, experiment:
-                _add_jobs(run, experiment, graph, cluster, place, waits_for or {})
+                _add_jobs(run, experiment, graph, cluster, place, waits_for)
+                _tell(experiment, taken)
                 experiment.run(detach=True)
-        except Exception as error:
-            ids = _job_ids(experiment)
-            _cancel(run, experiment, ids)
-            raise UserError(f"submission failed: {_reason(error)}") from None
-        return Submitted(experiment._id, nemo_home(), _job_ids(experiment))
+            taken.check()
+        except BaseException as error:
+            left = taken.take_back(Path(experiment._exp_dir))
+            kind = Interrupted if isinstance(error, Interrupted) else UserError
+            raise kind(f"submission failed: {_reason(error)}; {left}") from None
+        return taken.submitted
 
 
 def batch_scripts(graph: JobGraph, cluster: ClusterConfig, place: JobPlace, title: str) -> dict[str, str]:
@@ -96,6 +90,12 @@ def batch_scripts(graph: JobGraph, cluster: ClusterConfig, place: JobPlace, titl
 def nemo_home() -> Path:
     """NEMORUN_HOME, or NeMo-Run's default. Must be on the shared file system: logs go there."""
     return Path(os.environ.get("NEMORUN_HOME", "~/.nemo_run")).expanduser().absolute()
+
+
+def check_sbatch() -> None:
+    """Raise UserError where there is no Slurm."""
+    if shutil.which("sbatch") is None:
+        raise UserError("submission failed: there is no sbatch here; this has to run on a login node of the cluster")
 
 
 def check_paths(place: JobPlace) -> None:
@@ -168,20 +168,27 @@ def _add_jobs(run, experiment, graph: JobGraph, cluster: ClusterConfig, place: J
         )
 
 
-def _job_ids(experiment) -> dict[str, str]:
-    handles = {job.id: getattr(job, "handle", "") or "" for job in experiment.jobs}
-    return {name: handle.partition("://")[2].split("/")[1] for name, handle in handles.items() if "://" in handle}
+def _tell(experiment, taken: Taken) -> None:
+    """Let `taken` know every job as soon as Slurm has it: NeMo-Run's experiment tells at the end only."""
+    start = experiment._runner.run
+
+    def started(*arguments, cfg, **options):
+        with taken.one_more() as add:
+            handle = start(*arguments, cfg=cfg, **options)
+            add(cfg.job_name, handle.partition("://")[2].split("/")[1])
+        return handle
+
+    experiment._runner.run = started
 
 
-def _cancel(run, experiment, ids: Mapping[str, str]) -> None:
-    for name in ids:
-        with contextlib.suppress(Exception):
-            experiment.cancel(name)
+def _say_stopping() -> None:
+    with contextlib.suppress(OSError):  # the terminal is gone
+        print("stopping: the jobs submitted so far are taken back", file=sys.stderr)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     result = getattr(error, "result", None)
-    text = getattr(result, "stderr", "") or str(error)
+    text = getattr(result, "stderr", "") or str(error) or type(error).__name__
     return " ".join(text.split())[:500]
 
 
@@ -206,7 +213,7 @@ def _nemo_run(home: Path) -> Iterator[ModuleType]:
 
 
 @contextlib.contextmanager
-def _scheduler_environment() -> Iterator[None]:
+def scheduler_environment() -> Iterator[None]:
     """Without the variables that override sbatch options or tell a job it is part of another one."""
     hidden = {
         key: value

@@ -11,14 +11,15 @@ from typing import TextIO
 from jet_launcher.exit_codes import DONE, FAILED, INTERRUPTED
 from jet_launcher.lock import run_lock
 from jet_launcher.provenance import record_launch
-from jet_launcher.run_directory import RunDirectory
+from jet_launcher.run_directory import RunDirectory, describe_os_error
 from jet_launcher.slurm import state as slurm
 from jet_launcher.slurm.experiment import batch_scripts, submit
 from jet_launcher.slurm.graph import JobGraph, build_graph, graph_text
-from jet_launcher.slurm.overview import JobView, finished, job_views, run_word, views_text
+from jet_launcher.slurm.overview import JobView, finished, run_word, shown_views, stuck_reason, views_text
 from jet_launcher.slurm.package import ship_code
-from jet_launcher.slurm.record import ClusterRecord, add_submission, read_record
+from jet_launcher.slurm.record import ClusterRecord, SubmissionLog, read_record
 from jet_launcher.slurm.scripts import JobPlace, default_python, step_script
+from jet_launcher.slurm.taken import Submitted
 from megatron_jet.configs.cluster import ClusterConfig
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.model import ModelConfig
@@ -48,16 +49,29 @@ def submit_run(
     """Submit the jobs of `stages` that are neither finished nor in the queue.
 
     Raises:
-        UserError: the jobs do not fit the cluster, or sbatch refuses them.
+        UserError: the jobs do not fit the cluster, sbatch refuses one of them, or somebody else is submitting.
+        NoAnswer: squeue fails, so nobody knows what is missing.
+        Interrupted: a signal during submission.
     """
     graph = build_graph(config, teacher, stages, target.cluster)
+    try:
+        # Held before anybody asks what is in the queue: two `resume` at once would both find the same jobs missing.
+        with run_lock(run.lock_file):
+            return _submit_missing(run, config, stages, graph, target, stream)
+    except OSError as error:
+        raise UserError(describe_os_error(error, run.path)) from None
+
+
+def _submit_missing(
+    run: RunDirectory, config: RunConfig, stages: tuple[str, ...], graph: JobGraph, target: Target, stream: TextIO
+) -> ClusterRecord:
     record = read_record(run)
     live = live_jobs(record)
     missing = graph.without([job.name for job in graph.jobs if finished(run, job) or job.name in live])
     if not missing.jobs:
         waiting = f"; {len(live)} jobs are in the queue" if live else ""
         print(f"{run.id}: nothing to submit, everything else is done{waiting}", file=stream)
-        if record is None:
+        if record is None or not record.jobs:
             raise UserError(f"{run.id} is finished already and has no record of a cluster; see `status {run.id}`")
         return record
     for note in graph.notes:
@@ -65,12 +79,12 @@ def submit_run(
     waits_for = {
         job.name: [live[name] for name in graph_job(graph, job.name).depends if name in live] for job in missing.jobs
     }
-    with run_lock(run.lock_file):
-        record_launch(run, config, stages)
-        code = ship_code(ROOT, run.path.resolve())
-        place = job_place(run, target.cluster, code.path)
-        submitted = submit(missing, target.cluster, place, run.id, {k: v for k, v in waits_for.items() if v})
-        add_submission(run, target.name, target.cluster, missing, place, code, submitted)
+    record_launch(run, config, stages)
+    code = ship_code(ROOT, run.path.resolve())
+    place = job_place(run, target.cluster, code.path)
+    log = SubmissionLog(run, target.name, target.cluster, missing, place, code)
+    submitted = submit(missing, target.cluster, place, run.id, {k: v for k, v in waits_for.items() if v}, log.keep)
+    log.note_launch(submitted)
     print(f"{run.id}: {len(missing.jobs)} jobs submitted to {target.name}", file=stream)
     rows = ((job.name, submitted.job_ids[job.name]) for job in missing.jobs)
     print("\n".join(f"  {job_id}  {name}" for name, job_id in rows), file=stream)
@@ -81,6 +95,7 @@ def submit_run(
         file=stream,
         flush=True,
     )
+    warn_stuck(submitted)
     record = read_record(run)
     assert record is not None
     return record
@@ -92,11 +107,24 @@ def graph_job(graph: JobGraph, name: str):
 
 
 def live_jobs(record: ClusterRecord | None) -> dict[str, str]:
-    """IDs of this run's jobs that wait or run, by name."""
+    """IDs of this run's jobs that wait or run, by name. Raises NoAnswer when squeue fails."""
     if record is None:
         return {}
-    states = slurm.query_jobs(entry.job_id for entry in record.jobs)
-    return {entry.job.name: entry.job_id for entry in record.jobs if states[entry.job_id].live}
+    states = slurm.query_jobs(record.all_job_ids)
+    rows = [row for submission in record.submissions for row in submission["jobs"]]
+    return {row["job"]["name"]: row["job_id"] for row in rows if states[row["job_id"]].live}
+
+
+def warn_stuck(submitted: Submitted) -> None:
+    """Say on stderr which of these jobs Slurm will not start, as far as it knows by now."""
+    try:
+        states = slurm.query_jobs(submitted.job_ids.values())
+    except slurm.NoAnswer:
+        return  # they are submitted; `status` will tell
+    for name, job_id in submitted.job_ids.items():
+        why = stuck_reason(states[job_id])
+        if why:
+            print(f"warning: {name} (job {job_id}) waits for {states[job_id].reason}: {why}", file=sys.stderr)
 
 
 def wait_for(run: RunDirectory, stream: TextIO, poll_seconds: float = POLL_SECONDS) -> int:
@@ -104,12 +132,17 @@ def wait_for(run: RunDirectory, stream: TextIO, poll_seconds: float = POLL_SECON
     record = read_record(run)
     assert record is not None
     said: dict[str, tuple[str, int]] = {}
+    silent = False
     try:
         while True:
-            views = job_views(run, record)
-            _say_changes(views, said, stream)
-            if not any(view.slurm.live for view in views):
-                return conclude(run, views, stream)
+            views, silence = shown_views(run, record)
+            if not silence:
+                _say_changes(views, said, stream)
+                if not any(view.slurm.live for view in views):
+                    return conclude(run, views, stream)
+            elif not silent:
+                print(f"{_now()} Slurm does not answer ({silence}); still waiting", file=stream, flush=True)
+            silent = bool(silence)
             time.sleep(poll_seconds)
     except KeyboardInterrupt:
         print(f"no longer waiting; the jobs go on: python launcher/postnas.py status {run.path}", file=sys.stderr)
@@ -141,12 +174,12 @@ def _say_changes(views: list[JobView], said: dict[str, tuple[str, int]], stream:
             again = f" (restart {view.restarts})" if view.restarts else ""
             where = f" on {view.slurm.nodes}" if view.state == slurm.RUNNING and view.slurm.nodes else ""
             note = f": {view.note}" if view.note and view.state != slurm.RUNNING else ""
-            print(
-                f"{time.strftime('%H:%M:%S')} {view.job.name}: {view.state}{again}{where}{note}",
-                file=stream,
-                flush=True,
-            )
+            print(f"{_now()} {view.job.name}: {view.state}{again}{where}{note}", file=stream, flush=True)
         said[view.job.name] = key
+
+
+def _now() -> str:
+    return time.strftime("%H:%M:%S")
 
 
 def dry_run(

@@ -8,9 +8,35 @@ from jet_launcher.progress import describe
 from jet_launcher.run_directory import RunDirectory
 from jet_launcher.slurm.graph import Job
 from jet_launcher.slurm.record import ClusterRecord
-from jet_launcher.slurm.state import CANCELLED, DONE, FAILED, LIVE, PENDING, RUNNING, UNKNOWN, SlurmJob, query_jobs
+from jet_launcher.slurm.state import (
+    CANCELLED,
+    DONE,
+    FAILED,
+    LIVE,
+    PENDING,
+    RUNNING,
+    UNKNOWN,
+    NoAnswer,
+    SlurmJob,
+    query_jobs,
+    unasked,
+)
 from jet_launcher.stage_status import StageStatus, read_status
 from megatron_jet.configs.estimate_text import table
+
+# Slurm's reasons that no patience helps against, and what to do about them.
+_BEYOND = "asks for more than the partition allows"
+_STUCK = {
+    "PartitionConfig": f"{_BEYOND} (time_limit, nodes, account or qos)",
+    "PartitionTimeLimit": f"time_limit {_BEYOND}",
+    "PartitionNodeLimit": f"nodes {_BEYOND}",
+    "BadConstraints": "no node fits constraint, exclude and the sbatch options",
+    "JobHeldUser": "held by its owner; scontrol release lets it go",
+    "JobHeldAdmin": "held by an administrator",
+    "InvalidAccount": "account is not known to Slurm",
+    "InvalidQOS": "qos is not known to Slurm",
+}
+_LIMIT = "a limit of your account or QOS, reached for now or too low for this job"
 
 
 @dataclass(frozen=True)
@@ -78,8 +104,27 @@ def finished(run: RunDirectory, job: Job) -> bool:
 
 
 def job_views(run: RunDirectory, record: ClusterRecord) -> list[JobView]:
-    """Every job of the run, with one call of squeue and one of sacct."""
-    slurm = query_jobs(record.all_job_ids)
+    """Every job of the run, with one call of squeue and one of sacct. Raises NoAnswer when squeue fails."""
+    return _views(run, record, query_jobs(record.all_job_ids))
+
+
+def shown_views(run: RunDirectory, record: ClusterRecord) -> tuple[list[JobView], str]:
+    """Every job of the run, and why Slurm's part is missing ("" when it is there): files tell who is done, at least."""
+    try:
+        return job_views(run, record), ""
+    except NoAnswer as error:
+        return _views(run, record, unasked(record.all_job_ids)), error.reason
+
+
+def stuck_reason(job: SlurmJob) -> str:
+    """What keeps a waiting job from ever starting, in words; "" when it only waits for its turn."""
+    if job.state != PENDING:
+        return ""
+    limit = _LIMIT if job.reason.startswith(("Assoc", "QOS", "MaxGRES")) else ""
+    return _STUCK.get(job.reason, limit)
+
+
+def _views(run: RunDirectory, record: ClusterRecord, slurm: dict[str, SlurmJob]) -> list[JobView]:
     views: list[JobView] = []
     for entry in record.jobs:
         attempts = read_attempts(run, entry.job.name, entry.job_id)
@@ -122,7 +167,8 @@ def _view(run: RunDirectory, job: Job, slurm: SlurmJob, attempts: list[Attempt],
 def _note(state: str, slurm: SlurmJob, status: StageStatus, attempts: list[Attempt]) -> str:
     last = attempts[-1] if attempts else None
     if state == PENDING:
-        why = slurm.reason + (f", expected {slurm.start}" if slurm.start else "")
+        stuck = stuck_reason(slurm)
+        why = slurm.reason + (f": {stuck}" if stuck else f", expected {slurm.start}" if slurm.start else "")
         return f"waits to go on after: {_said(last)} ({why})" if last else why
     if state in (FAILED, UNKNOWN):
         said = _said(last) if last and last.event in ("failed", "end", "preflight") else slurm.word or "no record"

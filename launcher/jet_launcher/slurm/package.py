@@ -3,11 +3,11 @@
 import hashlib
 import os
 import shutil
-import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from jet_launcher.git import ask_git
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.estimate_text import format_bytes
 
@@ -83,12 +83,8 @@ def code_files(root: Path) -> list[str]:
 def _git_files(root: Path) -> list[str] | None:
     if not (root / ".git").exists():
         return None  # a copy; a repository further up is somebody else's
-    command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    try:
-        done = subprocess.run(command, capture_output=True, timeout=120)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return list(filter(None, os.fsdecode(done.stdout).split("\0"))) if done.returncode == 0 else None
+    answer = ask_git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    return None if answer.error else list(filter(None, os.fsdecode(answer.output).split("\0")))
 
 
 def code_digest(root: Path, files: list[str]) -> str:

@@ -1,22 +1,30 @@
-"""What slurm/postnas.sbatch needs to submit one stage without NeMo-Run: a prelude for the job, and sbatch's options.
+"""One stage as a Slurm job without NeMo-Run: what slurm/postnas.sbatch does on the login node.
 
-    python -m jet_launcher.slurm.plain CLUSTER RUN_DIR STAGE[:CANDIDATE] [RECIPE [key.sub=value ...]]
+    slurm/postnas.sbatch CLUSTER RUN_DIR STAGE[:CANDIDATE] [RECIPE [key.sub=value ...]]
 
-Prints the prelude's path and then one option a line.
+Prints the job ID. The job is in the run's record like those of `run`: status, logs, cancel and clean know it.
 """
 
+import os
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 from jet_launcher.cluster_launch import load_target
-from jet_launcher.exit_codes import DONE, FAILED, USAGE
+from jet_launcher.exit_codes import DONE, FAILED, INTERRUPTED, USAGE
+from jet_launcher.lock import run_lock
 from jet_launcher.options import check_inputs
-from jet_launcher.run_directory import RunDirectory, find_run, open_run
-from jet_launcher.slurm.experiment import check_path
-from jet_launcher.slurm.graph import Job, build_graph
-from jet_launcher.slurm.launch import ROOT, Target, job_place
+from jet_launcher.run_directory import RunDirectory, describe_os_error, find_run, open_run
+from jet_launcher.signals import caught_signals
+from jet_launcher.slurm.experiment import check_path, check_sbatch, scheduler_environment
+from jet_launcher.slurm.graph import Job, JobGraph, build_graph
+from jet_launcher.slurm.launch import ROOT, Target, job_place, live_jobs, warn_stuck
 from jet_launcher.slurm.package import ship_code
+from jet_launcher.slurm.record import SubmissionLog, read_record
 from jet_launcher.slurm.scripts import JobPlace, sbatch_options, setup_lines, write_scripts
+from jet_launcher.slurm.taken import Interrupted, Taken
+from jet_launcher.usage import UsageError, usage_errors
 from megatron_jet.configs.candidates import split_target
 from megatron_jet.configs.cluster import ClusterConfig
 from megatron_jet.configs.errors import UserError
@@ -27,41 +35,84 @@ from megatron_jet.configs.run import RunConfig
 from megatron_jet.configs.teacher_source import expand_paths
 
 
-def plan(cluster_name: str, run_dir: str, target: str, recipe: list[str]) -> list[str]:
-    """Ship the code, write prelude and step script. Returns the prelude's path and sbatch's options.
+def submit_stage(cluster_name: str, run_dir: str, target: str, recipe: list[str], extra: list[str]) -> str:
+    """Ship the code, write prelude and step script, and submit. Returns the job ID.
+
+    Args:
+        target: `stage`, or `stage:candidate`.
+        recipe: its name and overrides, to make a run directory that does not exist.
+        extra: options of sbatch.
 
     Raises:
-        UserError: unknown cluster, stage or candidate, a run directory that is missing or holds another config.
+        UserError: unknown cluster, stage or candidate, a run directory that is missing or holds another config, the
+            same stage is in the queue already, or sbatch refuses.
+        Interrupted: a signal during submission; the job was cancelled.
     """
     chosen = load_target(cluster_name)
     if not isinstance(chosen, Target):
-        raise UserError(f"cluster '{cluster_name}' does not run sbatch here; give one with Slurm and a local tunnel")
+        raise UsageError(f"cluster '{cluster_name}' does not run sbatch here; give one with Slurm and a local tunnel")
     run, config = _run(run_dir, recipe)
     check_path("run directory", run.path.resolve())
-    job = _job(config, target, chosen.cluster)
-    place = job_place(run, chosen.cluster, ship_code(ROOT, run.path.resolve()).path)
-    write_scripts([job], chosen.cluster, place)
-    prelude = place.cluster_dir / "plain" / f"{job.name}.sh"
-    write_text(prelude, setup_lines(job, chosen.cluster, place) + "\n")
-    return [str(prelude), *_options(run, job, chosen.cluster, place)]
+    check_sbatch()
+    graph, job = _job(config, target, chosen.cluster)
+    try:
+        with run_lock(run.lock_file):
+            live = live_jobs(read_record(run)).get(job.name)
+            if live is not None:
+                raise UserError(
+                    f"{run.id}: {job.name} is in the queue or running (job {live}); `cancel {run.id}` first"
+                )
+            code = ship_code(ROOT, run.path.resolve())
+            place = job_place(run, chosen.cluster, code.path)
+            prelude = place.cluster_dir / "plain" / f"{job.name}.sh"
+            write_scripts([job], chosen.cluster, place)
+            write_text(prelude, setup_lines(job, chosen.cluster, place) + "\n")
+            command = [*_options(run, job, chosen.cluster, place), *extra]
+            log = SubmissionLog(run, chosen.name, chosen.cluster, graph, place, code)
+            return _sbatch([*command, str(ROOT / "slurm" / "postnas.sbatch"), "--in-job", str(prelude)], job, log)
+    except OSError as error:
+        raise UserError(describe_os_error(error, run.path)) from None
+
+
+def _sbatch(arguments: list[str], job: Job, log: SubmissionLog) -> str:
+    """Submit and record. Returns the job ID."""
+    with caught_signals() as interrupts, scheduler_environment():
+        taken = Taken(None, None, log.keep, interrupts)
+        try:
+            with taken.one_more() as add:
+                command = ["sbatch", "--parsable", "--requeue", *arguments]
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    raise UserError(" ".join(done.stderr.split()) or f"sbatch ended with {done.returncode}")
+                add(job.name, done.stdout.strip().partition(";")[0])
+            taken.check()
+        except BaseException as error:
+            left = taken.take_back()
+            kind = Interrupted if isinstance(error, Interrupted) else UserError
+            raise kind(f"submission failed: {error}; {left}") from None
+    warn_stuck(taken.submitted)
+    return taken.submitted.job_ids[job.name]
 
 
 def _run(run_dir: str, recipe: list[str]) -> tuple[RunDirectory, RunConfig]:
     if not recipe:
         run = find_run(run_dir)
         return run, run.config()
-    config = expand_paths(apply_overrides(load_recipe(recipe[0]), recipe[1:]))
+    with usage_errors():
+        config = expand_paths(apply_overrides(load_recipe(recipe[0]), recipe[1:]))
     check_inputs(config)
     return open_run(config, Path(run_dir)), config
 
 
-def _job(config: RunConfig, target: str, cluster: ClusterConfig) -> Job:
+def _job(config: RunConfig, target: str, cluster: ClusterConfig) -> tuple[JobGraph, Job]:
     stage, _ = split_target(target)
-    config.stage(stage)
-    jobs = {job.target: job for job in build_graph(config, check_inputs(config), (stage,), cluster).jobs}
+    with usage_errors():
+        config.stage(stage)
+    graph = build_graph(config, check_inputs(config), (stage,), cluster)
+    jobs = {job.target: job for job in graph.jobs}
     if target not in jobs:
-        raise UserError(f"'{target}' is no job of this run; known: {', '.join(jobs)}")
-    return jobs[target]
+        raise UsageError(f"'{target}' is no job of this run; known: {', '.join(jobs)}")
+    return graph, jobs[target]
 
 
 def _options(run: RunDirectory, job: Job, cluster: ClusterConfig, place: JobPlace) -> list[str]:
@@ -74,18 +125,23 @@ def _options(run: RunDirectory, job: Job, cluster: ClusterConfig, place: JobPlac
     return [f"--{key}" if value is True else f"--{key}={value}" for key, value in options.items()]
 
 
+def _extra_options() -> list[str]:
+    try:
+        return shlex.split(os.environ.get("SBATCH_EXTRA", ""))
+    except ValueError as error:
+        raise UsageError(f"SBATCH_EXTRA: {error}") from None
+
+
 def main(arguments: list[str]) -> int:
     """Command line. One `error:` line for bad input."""
     if len(arguments) < 3:
         print(__doc__, file=sys.stderr)
         return USAGE
     try:
-        print("\n".join(plan(arguments[0], arguments[1], arguments[2], arguments[3:])))
+        print(submit_stage(arguments[0], arguments[1], arguments[2], arguments[3:], _extra_options()))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return FAILED
+        if isinstance(error, UsageError):
+            return USAGE
+        return INTERRUPTED if isinstance(error, Interrupted) else FAILED
     return DONE
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,11 +1,17 @@
-"""What Slurm says about jobs. squeue knows the living, sacct the dead and the hours; either may be missing.
+"""What Slurm says about jobs. squeue knows the living, sacct the dead and the hours; sacct may be missing.
+
+A squeue that fails is no word about jobs: whoever would delete files or submit again has to stop then (`NoAnswer`).
 
 NeMo-Run's own status is not used: it exits 0 when jobs failed, and calls preempted jobs that wait for a restart FAILED.
 """
 
+import os
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_jet.configs.errors import UserError
 
 PENDING, RUNNING, DONE, CANCELLED, FAILED, UNKNOWN = "pending", "running", "done", "cancelled", "failed", "unknown"
 LIVE = (PENDING, RUNNING)
@@ -39,6 +45,21 @@ _STATES = {
 _SQUEUE = "%i|%T|%r|%N|%S"
 _SACCT = "JobID,State,ExitCode,ElapsedRaw,NNodes,NodeList"
 _TIMEOUT = 60.0
+# The one failure of squeue that is an answer: it was asked about a single job and has forgotten it.
+_FORGOTTEN = "Invalid job id specified"
+# scancel's complaints about jobs that have ended.
+_ENDED = (_FORGOTTEN, "already completing or completed")
+
+
+class NoAnswer(UserError):
+    """squeue failed: nobody can tell which jobs wait or run."""
+
+    def __init__(self, reason: str) -> None:
+        reason = "; ".join(reason.splitlines())
+        super().__init__(
+            f"Slurm does not answer ({reason}), so nobody can tell which jobs wait or run; try again when squeue works"
+        )
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -69,16 +90,40 @@ class SlurmJob:
 
 
 def query_jobs(job_ids: Iterable[str]) -> dict[str, SlurmJob]:
-    """State of each job, by ID. Jobs that neither squeue nor sacct knows are `unknown`."""
+    """State of each job, by ID. Jobs that neither squeue nor sacct knows are `unknown`.
+
+    Raises:
+        NoAnswer: squeue failed.
+    """
     ids = list(dict.fromkeys(job_ids))
     if not ids:
         return {}
-    listed = _run(["squeue", "--noheader", "--states=all", f"--jobs={','.join(ids)}", f"--format={_SQUEUE}"])
+    listed = _ask(["squeue", "--noheader", "--states=all", f"--jobs={','.join(ids)}", f"--format={_SQUEUE}"])
+    if listed.error and _FORGOTTEN not in listed.error:
+        raise NoAnswer(listed.error)
     # -D: one row per restart; sacct otherwise counts the last one only.
-    past = _run(
+    past = _ask(
         ["sacct", "--noheader", "--parsable2", "--allocations", "-D", f"--jobs={','.join(ids)}", f"--format={_SACCT}"]
     )
-    return merge(ids, parse_squeue(listed or ""), parse_sacct(past or ""))
+    return merge(ids, parse_squeue(listed.output), parse_sacct("" if past.error else past.output))
+
+
+def unasked(job_ids: Iterable[str]) -> dict[str, SlurmJob]:
+    """The same for a Slurm that does not answer."""
+    return {job_id: SlurmJob(job_id, word="no answer") for job_id in job_ids}
+
+
+def jobs_of_scripts(folder: Path) -> list[str]:
+    """IDs of our jobs in the queue whose batch script is under `folder`.
+
+    Raises:
+        NoAnswer: squeue failed.
+    """
+    listed = _ask(["squeue", "--noheader", f"--user={os.getuid()}", "--format=%i|%o"])
+    if listed.error:
+        raise NoAnswer(listed.error)
+    rows = (line.strip().partition("|") for line in listed.output.splitlines())
+    return [job_id for job_id, _, script in rows if script.startswith(f"{folder}/")]
 
 
 def parse_squeue(text: str) -> dict[str, SlurmJob]:
@@ -127,20 +172,39 @@ def merge(ids: list[str], listed: dict[str, SlurmJob], past: dict[str, SlurmJob]
 
 
 def cancel_jobs(job_ids: Iterable[str]) -> None:
-    """scancel. Jobs that have ended are no error."""
+    """scancel. Jobs that have ended are no error.
+
+    Raises:
+        UserError: scancel refused a job or did not reach Slurm; the others are cancelled.
+    """
     ids = list(job_ids)
-    if ids:
-        _run(["scancel", *ids])
+    if not ids:
+        return
+    refused = [line for line in _ask(["scancel", *ids]).error.splitlines() if not any(word in line for word in _ENDED)]
+    if refused:
+        raise UserError("; ".join(refused))
 
 
 def _state(word: str) -> str:
     return _STATES.get(word.rstrip("+"), UNKNOWN)
 
 
-def _run(command: list[str]) -> str | None:
-    """Output of a Slurm command; None when there is no such command, it fails or hangs."""
+@dataclass(frozen=True)
+class _Answer:
+    """What a Slurm command printed, and why it failed ("" when it did not)."""
+
+    output: str
+    error: str
+
+
+def _ask(command: list[str]) -> _Answer:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        return _Answer("", f"{command[0]}: no answer within {_TIMEOUT:.0f} s")
+    except OSError as error:
+        return _Answer("", f"{command[0]}: {error.strerror or error}")
+    if done.returncode == 0:
+        return _Answer(done.stdout, "")
+    lines = filter(None, map(str.strip, done.stderr.splitlines()))
+    return _Answer(done.stdout, "\n".join(lines) or f"{command[0]} ended with {done.returncode}")

@@ -1,0 +1,87 @@
+"""Slurm's commands as shell scripts over a directory of job files: what the launcher asks and does, in milliseconds."""
+
+import os
+import stat
+from pathlib import Path
+
+SCRIPTS = {
+    # Takes the job, then answers: `refused`, `lost` and `slow` hold the number of a call.
+    "sbatch": """
+echo x >> $S/calls; n=$(wc -l < $S/calls); id=$((10 + n))
+if [ "$(cat $S/refused 2> /dev/null)" = $n ]; then echo 'sbatch: error: Invalid qos specification' >&2; exit 1; fi
+echo "${!#}" > $S/scripts/$id; echo "$*" > $S/options/$id
+echo "PENDING|$(cat $S/reason 2> /dev/null)||N/A" > $S/jobs/$id
+if [ "$(cat $S/lost 2> /dev/null)" = $n ]; then echo 'sbatch: error: Socket timed out' >&2; exit 1; fi
+if [ "$(cat $S/slow 2> /dev/null)" = $n ]; then touch $S/here; sleep 1.5; fi
+echo $id""",
+    "squeue": """
+if [ -e $S/silent ]; then echo 'slurm_load_jobs error: Socket timed out on send/recv operation' >&2; exit 1; fi
+found=
+for file in $S/jobs/*; do
+    [ -e "$file" ] || continue
+    found=1; id=${file##*/}
+    case "$*" in
+        *%o*) grep -q '^CANC' $file || echo "$id|$(cat $S/scripts/$id)" ;;
+        *) echo "$id|$(cat $file)" ;;
+    esac
+done
+[ -z "$found" ] && [[ "$*" = *--jobs=* ]] || exit 0
+echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1""",
+    "sacct": "true",
+    "scancel": """
+echo "$*" >> $S/cancelled; code=0
+if [ -e $S/silent ]; then echo 'scancel: error: Kill job error: Socket timed out' >&2; exit 140; fi
+for id in "$@"; do
+    if [ "$(cat $S/denied 2> /dev/null)" = $id ]; then
+        echo "scancel: error: Kill job error on job id $id: Access/permission denied" >&2; code=210
+    elif [ ! -e $S/jobs/$id ]; then
+        echo "scancel: error: Kill job error on job id $id: Invalid job id specified" >&2; code=1
+    else echo 'CANCELLED|None||N/A' > $S/jobs/$id; fi
+done
+exit $code""",
+}
+
+
+class FakeSlurm:
+    """The commands in `bin`, and what they know.
+
+    Files that steer them: `refused`, `lost`, `slow` (number of an sbatch), `reason` (of waiting jobs), `silent` (the
+    controller does not answer), `denied` (a job that is somebody else's).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.bin = folder, folder / "bin"
+        for name in ("bin", "jobs", "scripts", "options"):
+            (folder / name).mkdir(parents=True)
+        for name, text in SCRIPTS.items():
+            path = self.bin / name
+            path.write_text(f"#!/bin/bash\nS={folder}\n{text}\n")
+            path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+    @property
+    def path(self) -> str:
+        """$PATH with these commands before all others."""
+        return f"{self.bin}{os.pathsep}/usr/bin:/bin"
+
+    def steer(self, **files: object) -> None:
+        for name, value in files.items():
+            (self.folder / name).write_text(f"{value}\n")
+
+    def relent(self, name: str) -> None:
+        (self.folder / name).unlink()
+
+    def add(self, job_id: str, state: str, reason: str = "None", nodes: str = "") -> None:
+        """A job that is in Slurm already, or its new state."""
+        (self.folder / "jobs" / job_id).write_text(f"{state}|{reason}|{nodes}|N/A\n")
+
+    def forget(self, job_id: str) -> None:
+        (self.folder / "jobs" / job_id).unlink()
+
+    def states(self) -> dict[str, str]:
+        """Slurm's word for every job, by ID."""
+        return {file.name: file.read_text().split("|")[0] for file in sorted((self.folder / "jobs").iterdir())}
+
+    def said(self, name: str) -> str:
+        """Text of `calls`, `cancelled` and the like; "" when there is none."""
+        path = self.folder / name
+        return path.read_text() if path.exists() else ""
