@@ -3,3 +3,7 @@
 
 class UserError(Exception):
     """Bad input. The message is one line that names the thing and the fix; commands print it and exit 1."""
+
+    def __str__(self) -> str:
+        # Paths and other programs' words may have line breaks in them.
+        return " ".join(super().__str__().splitlines())
