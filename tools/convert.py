@@ -3,12 +3,14 @@
 
 import argparse
 import json
+import shlex
 import signal
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # runs from a checkout that is not installed as well
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / shelf) for shelf in (".", "kernels")]
+
+from megatron_jet.configs.command_line import run_tool  # noqa: E402
 
 EPILOG = """examples:
   python tools/convert.py import models/Qwen2.5-1.5B checkpoints/teacher
@@ -49,27 +51,35 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = build_parser().parse_args(arguments)
-    from megatron_jet.configs.errors import UserError
+    """Convert or compare. Returns the exit code; what a user can repair is one line on stderr."""
+    return run_tool(lambda: work(arguments), interrupted="interrupted; nothing was written")
+
+
+def work(arguments: list[str] | None) -> int:
+    """What the command line asks for."""
+    given = sys.argv[1:] if arguments is None else arguments
+    args = build_parser().parse_args(given)
+    args.shown = shlex.join(["python", "tools/convert.py", *given])
+    # After the cheap checks: these import torch, Megatron and transformers.
     from megatron_jet.training import cpu_backend
 
-    try:
-        cpu_backend.install()
-        import transformers
+    cpu_backend.install()
+    import transformers
 
-        transformers.utils.logging.disable_progress_bar()
-        return {"import": run_import, "export": run_export, "verify": run_verify}[args.command](args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing was written", file=sys.stderr)
-        return 75
+    transformers.utils.logging.disable_progress_bar()
+    return {"import": run_import, "export": run_export, "verify": run_verify}[args.command](args)
 
 
 def stop(number: int, frame: object) -> None:
-    """SIGTERM ends the command as Ctrl-C does, so that what is half-written is removed."""
+    """A signal ends the command as Ctrl-C does, so that what is half-written is removed."""
     raise KeyboardInterrupt
+
+
+def stop_on_signals() -> None:
+    """The two that end a process from outside: SIGTERM, and SIGHUP of a terminal that closes, unless under nohup."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, stop)
 
 
 def run_import(args: argparse.Namespace) -> int:
@@ -95,6 +105,7 @@ def run_export(args: argparse.Namespace) -> int:
             shard_bytes=args.shard_bytes,
             force=args.force,
             companions=args.tokenizer,
+            command=args.shown,
             progress=progress,
         )
     print(f"exported {args.checkpoint} ({model.num_layers} layers: {summary(model)}) to {args.out}")
@@ -129,5 +140,5 @@ def summary(model) -> str:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, stop)
+    stop_on_signals()
     sys.exit(main())

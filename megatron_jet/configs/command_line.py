@@ -13,8 +13,12 @@ from megatron_jet.configs.errors import UserError
 DONE, FAILED, INTERRUPTED = 0, 1, 75
 
 
-def run_tool(main: Callable[[], int]) -> int:
+def run_tool(main: Callable[[], int], interrupted: str = "interrupted") -> int:
     """Call a script's main. What a user can repair is one line on stderr, not a traceback.
+
+    Args:
+        main: the script's work.
+        interrupted: what to say after Ctrl-C.
 
     Returns:
         Its exit code; 1 after an error, 75 after Ctrl-C.
@@ -30,7 +34,7 @@ def run_tool(main: Callable[[], int]) -> int:
         where = f"{error.filename}: " if error.filename else ""
         message, code = f"{where}{error.strerror or error}", FAILED
     except KeyboardInterrupt:
-        message, code = "interrupted", INTERRUPTED
+        message, code = interrupted, INTERRUPTED
     print(f"error: {message}", file=sys.stderr)
     return code
 

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import write_json
 from megatron_jet.convert.ahead import made_ahead
-from megatron_jet.convert.output_directory import one_line, replaced_directory
+from megatron_jet.convert.output_directory import interrupted, one_line, replaced_directory
 
 COMPLETE_MARK = "metadata.json"  # Megatron's own; written last, so that a directory without it is unfinished
 COMMON_STATE = "common_state/shard_0_1"  # Megatron's place for everything that is not a tensor: nothing here
@@ -191,7 +191,10 @@ def write_checkpoint(
             with _without_process_group(), _without_checksums():
                 dcp.save(plan, storage_writer=writer, planner=_LazyPlanner(lazy), no_dist=True)
         except dcp.api.CheckpointException as error:
-            raise next(iter(error.failures.values()))[0] from None  # what went wrong, without the writer's wrapping
+            cause = next(iter(error.failures.values()))[0]  # what went wrong, without the writer's wrapping
+            if interrupted(cause):  # asked before raising it here, which forgets what it came from
+                raise KeyboardInterrupt from None
+            raise cause from None
         if model_config is not None:
             write_json(temporary / "model_config.json", model_config)
         if add_files is not None:

@@ -26,7 +26,6 @@ from megatron_jet.mixers.params import ParamRow
 from megatron_jet.model.param_table import param_table
 
 Dtype = Literal["stored", "fp32", "bf16"]
-COMMAND = "python tools/convert.py export CKPT OUT_HF_DIR"
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -39,6 +38,7 @@ def export_hf(
     force: bool = False,
     companions: str | Path | None = None,
     card: str | None = None,
+    command: str | None = None,
     progress: ConversionProgress | None = None,
 ) -> ModelConfig:
     """Convert a Megatron checkpoint to a Hugging Face directory that loads by itself, modeling code included.
@@ -51,6 +51,7 @@ def export_hf(
         force: replace an existing `out`.
         companions: directory with the tokenizer's files; None: those kept at import, if any.
         card: text of README.md; None: the one kept at import if the model is still that one, else a short one.
+        command: the short one's, if it is to name one.
         progress: told of every tensor.
 
     Returns:
@@ -79,7 +80,7 @@ def export_hf(
         if companions.is_dir():
             copy_companions(companions, temporary, skip=("config.json", CARD))
         _write_config(temporary / "config.json", model, checkpoint, _main_dtype(source, rows, dtype))
-        write_text(temporary / CARD, card or _kept_card(model, checkpoint) or model_card(model, command=COMMAND))
+        write_text(temporary / CARD, card or _kept_card(model, checkpoint) or model_card(model, command=command))
         if _is_hybrid(temporary):
             write_modeling_code(temporary)
     return model
@@ -93,8 +94,9 @@ def checkpoint_config(checkpoint: str | Path) -> ModelConfig:
             f"{path} is missing; it says what model the weights belong to (tools/convert.py import writes it)"
         )
     stored = read_json(path)
-    stored.pop("schema_version", None)
-    return ModelConfig.parse(stored, str(path))
+    if not isinstance(stored, dict):
+        raise UserError(f"{path}: holds no mapping of settings")
+    return ModelConfig.parse({key: stored[key] for key in stored if key != "schema_version"}, str(path))
 
 
 def check_keys(model: ModelConfig, rows: list[ParamRow], source: GlobalCheckpoint) -> None:

@@ -24,7 +24,7 @@ MADE = {True: "Made by Post Neural Architecture Search (PostNAS, arXiv 2508.1588
 def model_card(
     model: ModelConfig,
     *,
-    command: str,
+    command: str | None,
     teacher: str | None = None,
     recipe: str | None = None,
     placement: PlacementResult | None = None,
@@ -35,7 +35,7 @@ def model_card(
 
     Args:
         model: what is exported.
-        command: that made it.
+        command: that made it; None: it is left out.
         teacher: name or path of the base model; None when a checkpoint does not say where it comes from.
         recipe: of the run that made it, if one did.
         placement: what that run's search found; None: the recipe gave the layer plan.
@@ -56,9 +56,10 @@ def model_card(
         lines.append("- placement: given by the recipe (`student_plan`), not searched for")
     elif hybrid:
         lines.append("- placement: as in the checkpoint, which does not say how it was found")
+    lines.append(f"- licence of the base model: {_licence(name)}")
+    if command is not None:
+        lines.append(f"- command: `{command}`")
     lines += [
-        f"- licence of the base model: {_licence(name)}",
-        f"- command: `{command}`",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",

@@ -51,6 +51,8 @@ def replaced_directory(path: str | Path) -> Iterator[Path]:
         if old.exists() and not path.exists():
             os.rename(old, path)
         shutil.rmtree(temporary, ignore_errors=True)
+        if interrupted(error):
+            raise KeyboardInterrupt from None
         problem = write_problem(error)
         if problem is not None:
             raise UserError(f"{path}: cannot be written ({problem})") from None
@@ -74,17 +76,28 @@ def _sync_one(path: Path) -> None:
         os.close(handle)
 
 
+def interrupted(error: BaseException) -> bool:
+    """Whether Ctrl-C or a signal is behind an error: torch's writer, left in the middle of a file, raises its own."""
+    return any(isinstance(cause, KeyboardInterrupt) for cause in _causes(error))
+
+
 def write_problem(error: BaseException) -> str | None:
     """What the file system said, if that is why writing failed; torch and safetensors wrap it."""
     if isinstance(error, UserError):
         return None
-    cause: BaseException | None = error
-    while cause is not None:
+    for cause in _causes(error):
         if isinstance(cause, OSError):
             return cause.strerror or str(cause)
-        cause = cause.__cause__ or cause.__context__
     wrapped = isinstance(error, SafetensorError) or "inline_container" in str(error)
     return f"disk full? {one_line(error)}" if wrapped else None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and those that it came from."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def one_line(error: BaseException) -> str:

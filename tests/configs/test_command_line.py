@@ -29,6 +29,11 @@ def test_errors_are_one_line(error, code, line, capsys):
     assert capsys.readouterr().err == line
 
 
+def test_a_script_may_say_what_an_interruption_left(capsys):
+    assert run_tool(raising(KeyboardInterrupt()), interrupted="interrupted; nothing was written") == 75
+    assert capsys.readouterr().err == "error: interrupted; nothing was written\n"
+
+
 def test_a_mistake_of_ours_stays_visible():
     with pytest.raises(ZeroDivisionError):
         run_tool(lambda: 1 / 0)

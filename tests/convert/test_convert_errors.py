@@ -254,6 +254,7 @@ BAD_EXPORTS = {
     "no metadata": (lambda c: (c / ".metadata").unlink(), ["not a complete Megatron checkpoint"]),
     "broken metadata": (lambda c: (c / ".metadata").write_bytes(b"x" * 1000), ["metadata cannot be read"]),
     "broken config": (lambda c: (c / "model_config.json").write_text("{"), ["model_config.json", "JSON"]),
+    "config as a list": (lambda c: (c / "model_config.json").write_text("[]"), ["model_config.json", "no mapping"]),
     "config field": (
         lambda c: (c / "model_config.json").write_text(
             json.dumps({k: v for k, v in json.loads((c / "model_config.json").read_text()).items() if k != "head_dim"})

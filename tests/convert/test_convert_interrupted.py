@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystem
 
-from convert.convert_cases import check_one_line, convert, copy_oracle, edit_tensors, load_script, same, visible
+from convert.convert_cases import SCRIPT, check_one_line, convert, copy_oracle, edit_tensors, load_script, same, visible
 from megatron_jet.convert.global_checkpoint import GlobalCheckpoint
 from megatron_jet.convert.output_directory import replaced_directory
 
@@ -143,6 +144,81 @@ def test_ctrl_c_and_sigterm_leave_nothing(oracle, tmp_path, monkeypatch, capsys)
     assert os.listdir(tmp_path) == ["hf"]
     with pytest.raises(KeyboardInterrupt):
         load_script().stop(signal.SIGTERM, None)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("write", [2, 5, 60])
+def test_a_signal_inside_the_file_of_a_tensor_is_no_full_disk(number, write, oracle, tmp_path, monkeypatch, capsys):
+    """Large checkpoints have a file per tensor, whose writer raises its own error when it is left half-way."""
+    create_stream, writes = FileSystem.create_stream, []
+
+    class Stream:
+        def __init__(self, stream):
+            self.stream = stream
+
+        def __getattr__(self, name: str):
+            return getattr(self.stream, name)
+
+        def write(self, data) -> int:
+            writes.append(len(data))
+            if len(writes) == write:
+                os.kill(os.getpid(), number)
+            return self.stream.write(data)
+
+    @contextmanager
+    def spied(self, path, mode):
+        with create_stream(self, path, mode) as stream:
+            yield Stream(stream)
+
+    monkeypatch.setattr(FileSystem, "create_stream", spied)
+    monkeypatch.setattr("megatron_jet.convert.global_checkpoint.SINGLE_FILE_BYTES", 0)
+    before = signal.signal(number, signal.SIG_DFL)  # nohup may have set it otherwise
+    try:
+        load_script().stop_on_signals()
+        assert convert("import", oracle, tmp_path / "ckpt") == 75
+    finally:
+        signal.signal(number, before)
+    check_one_line(capsys, ["interrupted", "nothing was written"])
+    assert len(writes) >= write and os.listdir(tmp_path) == ["hf"]
+
+
+def test_a_terminal_that_closes_does_not_end_what_nohup_started():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        load_script().stop_on_signals()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+KILLED_AT_IMPORT = """
+import os, runpy, sys
+
+number, script = int(sys.argv.pop(1)), sys.argv.pop(1)
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), number)
+
+sys.meta_path.insert(0, Finder())
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_the_command_starts_is_one_line(number, oracle, tmp_path):
+    arguments = [str(int(number)), str(SCRIPT), "import", str(oracle), str(tmp_path / "ckpt")]
+    run = subprocess.run(
+        [sys.executable, "-c", KILLED_AT_IMPORT, *arguments],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # as of a command in the foreground
+    )
+    assert (run.returncode, run.stderr) == (75, "error: interrupted; nothing was written\n")
+    assert os.listdir(tmp_path) == ["hf"]
 
 
 @contextmanager

@@ -112,7 +112,12 @@ def test_a_converted_checkpoint_gets_a_card_too(tmp_path):
     text = (tmp_path / "out" / "README.md").read_text()
     for part in ("1 x full attention: 2", "sliding-window attention of 16 tokens: 1", "2 x `jet`: 0, 3"):
         assert part in text
-    assert "does not say how it was found" in text and "tools/convert.py export" in text
+    assert "does not say how it was found" in text
+    assert f"- command: `python tools/convert.py export {tmp_path}/ckpt {tmp_path}/out`" in text
+    assert convert("export", tmp_path / "ckpt", tmp_path / "b f", "--dtype", "bf16", "--force") == 0
+    shown = f"python tools/convert.py export {tmp_path}/ckpt '{tmp_path}/b f' --dtype bf16 --force"
+    assert f"- command: `{shown}`" in (tmp_path / "b f" / "README.md").read_text()
+    assert "command" not in model_card(jet_nemotron_2b_model(), command=None)
 
 
 def test_card_and_licence_of_an_imported_model_come_back(tmp_path):

@@ -1,9 +1,15 @@
 """`convert.py verify`: equal models pass at any layout, and a wrong layer is named."""
 
+import operator
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
+from torch.multiprocessing.spawn import ProcessExitedException
 
-from convert.convert_cases import convert
+from convert.convert_cases import SCRIPT, convert
 from convert.hf_cases import ORACLE
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import read_json, write_json
@@ -11,8 +17,8 @@ from megatron_jet.configs.training import ParallelConfig
 from megatron_jet.convert.global_checkpoint import GlobalCheckpoint, write_checkpoint
 from megatron_jet.convert.hf_export import checkpoint_config
 from megatron_jet.convert.hf_import import import_hf
-from megatron_jet.convert.verify.compare import first_different, verify
-from megatron_jet.convert.verify.worker import write_activations
+from megatron_jet.convert.verify.compare import check_same_model, first_different, run_megatron, verify
+from megatron_jet.convert.verify.worker import VerifyJob, write_activations
 
 TOLERANCE = 1e-5  # fp32 round-off over four layers, measured at about 1e-6
 
@@ -90,6 +96,64 @@ def test_models_of_other_sizes_are_an_error_before_anything_runs(checkpoint, tmp
     write_json(tmp_path / "config.json", config)
     with pytest.raises(UserError, match=f"is {value}, in the checkpoint .*different models"):
         verify(tmp_path, checkpoint, ParallelConfig())
+
+
+@pytest.mark.parametrize(
+    ("edit", "named"),
+    [
+        (lambda c: c["efficient_attention_config"]["swa"].update(window_size=128), "layer 1 is swa:128, .* swa:16"),
+        (lambda c: c.update(layer_types=["jet", "attn", "attn", "jet"]), "layer 1 is attn, in the checkpoint swa:16"),
+        (
+            lambda c: c["efficient_attention_config"]["jet"].update(norm_eps="1e-6"),
+            r"layer 0 \(jet\): norm_eps is 1e-06",
+        ),
+        (lambda c: c.update(rms_norm_eps=1e-5), "rms_norm_eps is 1e-05"),
+        (lambda c: c.update(max_position_embeddings=64), "max_position_embeddings is 64"),
+        (lambda c: c.update(rope_theta=5e5), "rope_theta is 500000.0"),
+        (lambda c: c.update(tie_word_embeddings=not c["tie_word_embeddings"]), "tie_word_embeddings is"),
+        (lambda c: c.update(num_key_value_heads=c["num_attention_heads"]), "num_key_value_heads is"),
+    ],
+)
+def test_configs_of_other_models_are_an_error_before_anything_runs(checkpoint, tmp_path, monkeypatch, edit, named):
+    monkeypatch.setattr("megatron_jet.convert.verify.compare.hf_activations", None)
+    config = read_json(ORACLE / "config.json")
+    edit(config)
+    write_json(tmp_path / "config.json", config)
+    with pytest.raises(UserError, match=f"{named}.*these are different models"):
+        verify(tmp_path, checkpoint, ParallelConfig())
+
+
+def test_token_ids_and_the_spread_of_new_weights_are_no_difference(checkpoint, tmp_path):
+    config = read_json(ORACLE / "config.json")
+    write_json(tmp_path / "config.json", config | {"eos_token_id": 3, "initializer_range": 0.5})
+    check_same_model(tmp_path, checkpoint_config(checkpoint))
+
+
+def test_a_process_that_fails_is_one_line(checkpoint, monkeypatch):
+    """It raises: `getitem` of a rank and a job is a TypeError. Or it dies."""
+    job = VerifyJob(str(checkpoint), checkpoint_config(checkpoint), ParallelConfig(tensor=2), torch.zeros(1), "")
+    monkeypatch.setattr("megatron_jet.convert.verify.worker.run", operator.getitem)
+    with pytest.raises(UserError, match="ckpt: the Megatron model failed: TypeError: ") as caught:
+        run_megatron(job)
+    assert "\n" not in str(caught.value)
+
+    def dies(*args, **options):
+        raise ProcessExitedException("process 1 terminated with signal SIGKILL", 1, 2, -9, "SIGKILL")
+
+    monkeypatch.setattr("torch.multiprocessing.spawn", dies)
+    with pytest.raises(UserError, match="ckpt: the Megatron model failed: process 1 terminated with signal SIGKILL"):
+        run_megatron(job)
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_over_two_processes_is_one_line(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "bad")
+    with open(tmp_path / "bad" / "__0_0.distcp", "r+b") as file:
+        file.truncate(5000)
+    command = [sys.executable, str(SCRIPT), "verify", str(ORACLE), str(tmp_path / "bad"), "--tp", "2"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr.startswith(f"error: {tmp_path / 'bad'}: checkpoint is damaged") and run.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("option", ["--tp", "--pp"])

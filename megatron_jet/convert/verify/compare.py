@@ -1,5 +1,6 @@
 """Is a Megatron checkpoint the same model as a Hugging Face directory? Compares both, layer by layer, in fp32."""
 
+import logging
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +9,11 @@ import torch
 import torch.multiprocessing
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import read_json
-from megatron_jet.configs.hf_format import model_from_hf
+from megatron_jet.configs.hf_format import model_from_hf, model_to_hf
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.training import ParallelConfig
 from megatron_jet.convert.hf_export import checkpoint_config
@@ -20,6 +22,9 @@ from megatron_jet.convert.verify import worker
 from megatron_jet.convert.verify.worker import VerifyJob
 
 SEQUENCES, LENGTH = 2, 96  # longer than one chunk of the chunked recurrences
+SIZES = ("vocab_size", "hidden_size", "num_layers")  # named first: the rest follows from them
+# Compared layer by layer, or without effect on what a model computes.
+NOT_COMPARED = {"layer_plan", "mixers", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"}
 
 
 @dataclass(frozen=True)
@@ -49,11 +54,12 @@ def verify(hf_dir: str | Path, checkpoint: str | Path, parallel: ParallelConfig)
         One row per layer, in order, and one for the logits.
 
     Raises:
-        UserError: either model cannot be loaded, they differ in size, or the checkpoint does not fit the layout.
+        UserError: either model cannot be loaded, their configs say different models, or the checkpoint does not fit the
+            layout.
     """
     model = checkpoint_config(checkpoint)
     model.check_parallel(parallel.tensor, parallel.pipeline)
-    check_sizes(hf_dir, model)
+    check_same_model(hf_dir, model)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, model.vocab_size, (SEQUENCES, LENGTH), generator=generator)
     reference = hf_activations(hf_dir, tokens)
@@ -66,18 +72,31 @@ def verify(hf_dir: str | Path, checkpoint: str | Path, parallel: ParallelConfig)
     return [_difference(name, found[key], reference[key]) for key, name in names.items()]
 
 
-def check_sizes(hf_dir: str | Path, model: ModelConfig) -> None:
-    """Raise UserError when the Hugging Face directory holds a model of other sizes: nothing could be compared."""
+def check_same_model(hf_dir: str | Path, model: ModelConfig) -> None:
+    """Raise UserError when the Hugging Face directory's config says another model, and name what differs first.
+
+    The tokens compared are fewer than a window may hold and rounding may hide an epsilon, so outputs cannot tell.
+    """
     path = Path(hf_dir) / "config.json"
     if not path.is_file():
         raise UserError(f"{hf_dir}: no config.json there; give a Hugging Face checkpoint directory")
     other = model_from_hf(read_json(path), str(path))
-    for name in ("vocab_size", "hidden_size", "num_layers"):
-        if getattr(other, name) != getattr(model, name):
-            raise UserError(
-                f"{hf_dir}: {name} is {getattr(other, name)}, in the checkpoint {getattr(model, name)}; "
-                "these are different models"
-            )
+    model = model_from_hf(model_to_hf(model))  # what no config.json says is not compared
+    for name in SIZES:
+        _same(hf_dir, name, getattr(other, name), getattr(model, name))
+    for layer in range(model.num_layers):
+        _same(hf_dir, f"layer {layer}", other.layer_plan[layer], model.layer_plan[layer])
+        theirs, ours = other.mixer(layer).to_dict(), model.mixer(layer).to_dict()
+        for key in ours:
+            _same(hf_dir, f"layer {layer} ({model.layer_plan[layer]}): {key}", theirs[key], ours[key])
+    for name in type(model).model_fields:
+        if name not in NOT_COMPARED:
+            _same(hf_dir, name, getattr(other, name), getattr(model, name))
+
+
+def _same(hf_dir: str | Path, name: str, theirs: object, ours: object) -> None:
+    if theirs != ours:
+        raise UserError(f"{hf_dir}: {name} is {theirs}, in the checkpoint {ours}; these are different models")
 
 
 def first_different(rows: list[LayerDifference], tolerance: float) -> LayerDifference | None:
@@ -119,9 +138,14 @@ def run_megatron(job: VerifyJob) -> None:
     if processes == 1:
         worker.run(0, job)
         return
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it warns of each process that it ends
     try:
-        torch.multiprocessing.spawn(worker.run, args=(job,), nprocs=processes)
-    except torch.multiprocessing.ProcessException as error:
+        # As daemons they end with this process, also when a signal ends it.
+        torch.multiprocessing.spawn(worker.run, args=(job,), nprocs=processes, daemon=True)
+    except (ProcessRaisedException, ProcessExitedException) as error:
+        kind, _, message = _last_line(error).partition(": ")
+        if kind.endswith(UserError.__name__):  # as text: the exception itself stayed in its process
+            raise UserError(message) from None
         raise UserError(f"{job.checkpoint}: the Megatron model failed: {_last_line(error)}") from None
 
 
