@@ -166,6 +166,19 @@ def test_preflight_gives_up_after_its_limit(submit):
     assert not (run.path / "stages" / "report").exists() or not list((run.path / "stages" / "report").glob("*.json"))
 
 
+def test_job_that_preflight_leaves_no_node_for_fails_instead_of_waiting_for_ever(submit):
+    preflight = {
+        "free_disk_gib": 0.01,
+        "min_bandwidth_gb_per_s": 0,
+        "timeout_seconds": 120,
+        "command": "echo dusty; false",
+    }
+    run = submit("report", preflight=preflight, exclude="n[2-8]")
+    note = run.until_over()["report"].note
+    assert run.events("report") == ["start", "preflight", "failed"]
+    assert note == "preflight failed: n1: site check left with 1: dusty; the other nodes are too few for this job"
+
+
 def test_two_experiments_share_nodes_without_meeting(submit):
     first = submit("stage1", {}, TWO_NODES, name="first", exclude="n[1-4,7-8]")
     second = submit("stage1", {}, TWO_NODES, name="second", exclude="n[1-4,7-8]")
