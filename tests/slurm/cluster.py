@@ -94,6 +94,7 @@ class Cluster:
         accounting: run slurmdbd with a private MariaDB, so that sacct works.
         kill_wait: seconds between SIGTERM and SIGKILL.
         grace: seconds that preempted jobs of partition `batch` get.
+        message_timeout: seconds that Slurm's commands wait for an answer of its daemons, each time they try.
     """
 
     prefix: Path
@@ -104,6 +105,7 @@ class Cluster:
     accounting: bool = True
     kill_wait: int = 8
     grace: int = 6
+    message_timeout: int = 20
     _ports: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -362,7 +364,7 @@ OverTimeLimit=0
 InactiveLimit=0
 SlurmctldTimeout=30
 SlurmdTimeout=60
-MessageTimeout=20
+MessageTimeout={self.message_timeout}
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -40,9 +41,62 @@ def test_refused_submission_leaves_nothing_in_the_queue(submit):
     run = submit("stage1,report", partition="nowhere", wait=True, name="refused")
     assert run.submitted.returncode == 1
     assert "error: submission failed" in run.submitted.stderr
-    assert "partition" in run.submitted.stderr
-    assert not (run.path / "cluster" / "experiment.json").exists()
+    assert "partition" in run.submitted.stderr and "; nothing was submitted" in run.submitted.stderr
+    assert read_json(run.path / "cluster" / "experiment.json")["submissions"] == []
     assert "refused." not in slurm_command("squeue", "-h", "-o", "%j")
+
+
+def test_refused_third_job_leaves_nothing_in_the_queue_either(submit, tmp_path, monkeypatch):
+    """The third sbatch asks for a partition that there is not."""
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    third = f'[ "$(wc -l < {tmp_path}/calls)" = 3 ] && set -- --partition=nowhere "$@"'
+    sbatch.write_text(f'#!/bin/bash\necho >> {tmp_path}/calls\n{third}\nexec {shutil.which("sbatch")} "$@"\n')
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+    run = submit("stage1,stage2", {"prepare": "long"}, wait=True, name="third")
+    assert run.submitted.returncode == 1
+    assert "invalid partition" in run.submitted.stderr and "; 2 jobs were taken back" in run.submitted.stderr
+    views = run.views()
+    assert {name: view.state for name, view in views.items()} == {"prepare": "cancelled", "stage1": "cancelled"}
+    left = slurm_command("squeue", "-h", "-o", "%j %T").splitlines()
+    assert [line for line in left if line.startswith("third.") and not line.endswith("COMPLETING")] == []
+    assert not (run.path / "stages" / "prepare" / "result.json").exists()
+
+
+def test_stopped_controller_makes_nobody_lie(submitter, monkeypatch, slurm):
+    """Its jobs go on, so whoever would end, delete or repeat something has to wait."""
+    own = Cluster(Path("/tmp") / f"stopped-{os.getpid()}", nodes=2, accounting=False, message_timeout=2)
+    monkeypatch.setenv("SLURM_CONF", "")
+    own.start()
+    try:
+        run = submitter.stand_in("stage1", {"stage1": "hold"}, exclude=None)
+        run.until_step("stage1", 3)
+        waiting = run.start("resume", str(run.path), "--wait")
+        assert "1 jobs are in the queue" in waiting.stdout.readline()
+        [controller] = [
+            line.split()[1] for line in (own.prefix / "pids").read_text().splitlines() if "slurmctld" in line
+        ]
+        os.kill(int(controller), signal.SIGSTOP)
+        try:
+            for command in (["cancel"], ["clean", "--all"], ["resume"]):
+                refused = run.launcher(command[0], str(run.path), *command[1:], check=False)
+                assert refused.returncode == 1 and refused.stdout == "", command
+                assert refused.stderr.startswith("error: Slurm does not answer (slurm_load_jobs error:")
+            assert "Slurm does not answer" in run.launcher("status", str(run.path)).stdout
+            while "still waiting" not in (line := waiting.stdout.readline()):
+                assert line, "no longer waiting"
+        finally:
+            os.kill(int(controller), signal.SIGCONT)
+        assert run.views()["stage1"].state == "running"
+        assert "1 jobs cancelled" in run.launcher("cancel", str(run.path)).stdout
+        assert "error: stage1 cancelled" in waiting.communicate(timeout=60)[1]
+        assert waiting.returncode == 1
+        submitter.close()  # while its own Slurm answers
+    finally:
+        submitter.runs.clear()
+        own.stop()
+        shutil.rmtree(own.prefix)
 
 
 def test_waiting_says_done_and_nemo_runs_own_commands_work(submit):
@@ -91,7 +145,7 @@ def test_plain_script_does_a_stage_and_comes_back_after_an_interruption(slurm, s
     assert run.result("stage1") == expected(400)
     assert run.events("stage1") == ["start", "end 75", "start", "end 0"]
     bad = subprocess.run([*command[:3], "stage9"], env=environment, capture_output=True, text=True)
-    assert (bad.returncode, bad.stdout) == (1, "")
+    assert (bad.returncode, bad.stdout) == (2, "")
     assert "error: unknown stage 'stage9'" in bad.stderr
 
 
