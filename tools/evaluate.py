@@ -94,8 +94,10 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ["TQDM_DISABLE"] = "1"  # progress bars would fill a log
     # After the cheap checks: these import torch, transformers and the harness.
     from megatron_jet.evaluation.comparison import other_scores, table
+    from megatron_jet.evaluation.device import find_device
     from megatron_jet.evaluation.harness import EvaluationOptions, evaluate
 
+    find_device(options.device)  # before a checkpoint is exported for it
     other = other_scores(options.against) if options.against else None
     with hf_directory(options.hf_dir) as hf_dir:
         result = evaluate(

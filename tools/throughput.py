@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     on_gpu = device.type == "cuda"
     batch = options.batch_size or ("search" if on_gpu else 4)
     protocol = Protocol(
-        contexts=options.contexts or lengths(GPU_CONTEXTS if on_gpu else CPU_CONTEXTS),
+        contexts=tuple(dict.fromkeys(options.contexts or lengths(GPU_CONTEXTS if on_gpu else CPU_CONTEXTS))),
         new_tokens=options.new_tokens,
         iterations=options.iterations,
         dropped=options.drop,

@@ -46,10 +46,11 @@ class RopeScaling(StrictModel):
     by `factor`, and those between go over smoothly. Source: Llama 3.1's reference code; the keys are config.json's.
     """
 
-    factor: float = Field(ge=1, allow_inf_nan=False)
-    low_freq_factor: float = Field(gt=0, allow_inf_nan=False)
-    high_freq_factor: float = Field(gt=0, allow_inf_nan=False)
-    original_max_position_embeddings: int = Field(gt=0)
+    # Strict: transformers refuses numbers written as text.
+    factor: float = Field(ge=1, allow_inf_nan=False, strict=True)
+    low_freq_factor: float = Field(gt=0, allow_inf_nan=False, strict=True)
+    high_freq_factor: float = Field(gt=0, allow_inf_nan=False, strict=True)
+    original_max_position_embeddings: int = Field(gt=0, strict=True)
 
     @model_validator(mode="after")
     def _ordered(self) -> "RopeScaling":

@@ -51,7 +51,7 @@ def _model(config: dict[str, Any], where: str) -> ModelConfig:
     base = config.get("base_model_type") or "qwen2" if model_type in HYBRIDS else model_type
     if base not in FAMILIES:
         raise UserError(f"{where}: base_model_type '{base}' is not supported; known: {', '.join(FAMILIES)}")
-    family = FAMILIES[base]
+    family, hybrid = FAMILIES[base], model_type in HYBRIDS
     heads = _required(config, "num_attention_heads", where)
     hidden = _required(config, "hidden_size", where)
     num_layers = _required(config, "num_hidden_layers", where)
@@ -65,19 +65,19 @@ def _model(config: dict[str, Any], where: str) -> ModelConfig:
             "head_dim": config.get("head_dim") or _default_head_dim(model_type, hidden, heads),
             "vocab_size": _required(config, "vocab_size", where),
             "max_position_embeddings": config.get("max_position_embeddings") or 32768,
-            "rope_theta": _rope_theta(config),
+            "rope_theta": _rope_theta(config, hybrid),
             "rope_scaling": _rope_scaling(config, where),
             "rms_norm_eps": float(config.get("rms_norm_eps") or 1e-6),
             "initializer_range": config.get("initializer_range") or 0.02,
-            # Without the key Hugging Face ties in the hybrid formats and does not in the others.
-            "tie_word_embeddings": _flag(config, "tie_word_embeddings", model_type in HYBRIDS),
-            "qkv_bias": _flag(config, "qkv_bias", family.qkv_bias),
-            "qk_norm": _flag(config, "qk_norm", family.qk_norm),
+            # What the hybrid formats mean without a key is what their modeling code takes, whatever the base model is.
+            "tie_word_embeddings": _flag(config, "tie_word_embeddings", hybrid),
+            "qkv_bias": _flag(config, "qkv_bias", hybrid or family.qkv_bias),
+            "qk_norm": _flag(config, "qk_norm", not hybrid and family.qk_norm),
             "base_model_type": base,
             "bos_token_id": config.get("bos_token_id"),
             "eos_token_id": config.get("eos_token_id"),
             "pad_token_id": config.get("pad_token_id"),
-            "mixers": _mixers(config, where) if model_type in HYBRIDS else {},
+            "mixers": _mixers(config, where) if hybrid else {},
             "layer_plan": _plan(config, model_type, num_layers, where),
         },
         where,
@@ -257,22 +257,24 @@ def _default_head_dim(model_type: str, hidden: int, heads: int) -> int:
     return hidden // heads if family is None or family.default_head_dim is None else family.default_head_dim
 
 
-def _rope_theta(config: dict[str, Any]) -> float:
-    """transformers 5 writes it inside rope_parameters; without it every base model has 10000."""
+def _rope_theta(config: dict[str, Any], hybrid: bool) -> float:
+    """transformers 5 writes it inside rope_parameters, which then decide; without it hybrids have the published default
+    and every base model 10000."""
     inside = config.get("rope_parameters") or {}
-    return float(config.get("rope_theta") or inside.get("rope_theta") or 10000.0)
+    return float(inside.get("rope_theta") or config.get("rope_theta") or (1e6 if hybrid else 1e4))
 
 
 def _rope_scaling(config: dict[str, Any], where: str) -> dict[str, Any] | None:
     """Llama 3's scaling; it too is inside rope_parameters where transformers 5 wrote the file."""
-    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    scaling = config.get(key) or {}
     rope_type = scaling.get("rope_type", scaling.get("type", "default"))
     if rope_type == "default":
         return None
     if rope_type != "llama3":
         raise UserError(f"{where}: RoPE scaling '{rope_type}' is not supported; known: default, llama3")
     names = RopeScaling.model_fields
-    return RopeScaling.parse({key: scaling[key] for key in names if key in scaling}, f"{where}: rope_scaling").to_dict()
+    return RopeScaling.parse({key: scaling[key] for key in names if key in scaling}, f"{where}: {key}").to_dict()
 
 
 def _rope_keys(scaling: RopeScaling | None) -> dict[str, Any] | None:

@@ -1,12 +1,12 @@
 """The model config: what HF's config.json and Megatron's TransformerConfig are both derived from."""
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, field_serializer, field_validator, model_validator
 
 from megatron_jet.configs.base import StrictModel
 from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.families import RopeScaling
+from megatron_jet.configs.families import FAMILIES, RopeScaling
 from megatron_jet.configs.layer_plan import LayerPlan, check_plan, split_entry
 from megatron_jet.configs.mixers.attention import AttentionConfig, SlidingWindowConfig
 from megatron_jet.configs.mixers.base import MixerConfig, ModelShape
@@ -31,7 +31,7 @@ class ModelConfig(StrictModel):
     tie_word_embeddings: bool = True
     qkv_bias: bool = True
     qk_norm: bool = False
-    base_model_type: Literal["qwen2", "qwen3", "llama"] = "qwen2"
+    base_model_type: str = Field(default="qwen2", description="a family of configs/families.py")
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -46,6 +46,13 @@ class ModelConfig(StrictModel):
     @field_serializer("mixers")
     def _plain_mixers(self, mixers: dict[str, MixerConfig]) -> dict[str, Any]:
         return {kind: mixer.to_dict() for kind, mixer in mixers.items()}
+
+    @field_validator("base_model_type")
+    @classmethod
+    def _known_family(cls, value: str) -> str:
+        if value not in FAMILIES:
+            raise UserError(f"base_model_type '{value}' is not supported; known: {', '.join(FAMILIES)}")
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> "ModelConfig":

@@ -53,6 +53,17 @@ def auto_map(model_type: str) -> dict[str, str]:
     }
 
 
+def hf_config(hf_dir: Path | str) -> dict[str, Any]:
+    """config.json of a Hugging Face directory. Raises UserError when there is none, or it is no mapping."""
+    path = Path(hf_dir) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{hf_dir}: no config.json there; give a Hugging Face checkpoint directory")
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: holds no mapping of settings")
+    return config
+
+
 def load_for_causal_lm(hf_dir: Path | str, dtype: torch.dtype | str = "auto", **options: Any) -> PreTrainedModel:
     """Loads a Hugging Face checkpoint in eval mode, without running code from its directory.
 
@@ -64,13 +75,10 @@ def load_for_causal_lm(hf_dir: Path | str, dtype: torch.dtype | str = "auto", **
     Raises:
         UserError: no such model, or files that do not make up one (a tensor too few, too many or misshapen).
     """
-    hf_dir = Path(hf_dir)
-    if not (hf_dir / "config.json").is_file():
-        raise UserError(f"{hf_dir}: no config.json there; give a Hugging Face checkpoint directory")
-    model_type = read_json(hf_dir / "config.json").get("model_type")
-    model_class = MODELS.get(model_type)
+    model_type = hf_config(hf_dir).get("model_type")
+    model_class = MODELS.get(model_type) if isinstance(model_type, str) else None
     if model_class is None:
-        if model_type not in CONFIG_MAPPING:
+        if model_type not in list(CONFIG_MAPPING):
             raise UserError(
                 f"{hf_dir}: model_type '{model_type}' is neither ours ({', '.join(MODELS)}) nor transformers'"
             )

@@ -1,5 +1,6 @@
 """The device that a benchmark runs on: what it is, and how fast it moves bytes and multiplies matrices."""
 
+import math
 import os
 import platform
 import shlex
@@ -34,7 +35,9 @@ def find_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
-        raise UserError(f"--device {name}: no such device; cpu, cuda and cuda:N are") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):  # torch knows more than this project runs on
+        raise UserError(f"--device {name}: no such device; cpu, cuda and cuda:N are")
     if device.type == "cuda":
         if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
             raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs here; use --device cpu")
@@ -47,7 +50,7 @@ def limit_memory(gib: float | None, device: torch.device) -> int | None:
     """Bytes that may be used, or None for all. On a GPU the allocator then refuses more."""
     if gib is None:
         return None
-    if not gib > 0:
+    if not 0 < gib < math.inf:
         raise UserError(f"--memory-limit {gib}: give a number of GiB above 0")
     limit = int(gib * 2**30)
     if device.type == "cuda":

@@ -16,8 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.files import read_json
-from megatron_jet.convert.hf_package import MODELS, load_for_causal_lm
+from megatron_jet.convert.hf_package import MODELS, hf_config, load_for_causal_lm
+from megatron_jet.evaluation.device import find_device
 from megatron_jet.evaluation.presets import Preset
 from megatron_jet.evaluation.result import EvaluationResult, PresetResult, TaskResult
 from megatron_jet.evaluation.tiny_tasks import PREFIX, TASKS_DIR, TINY_TASKS, write_documents
@@ -75,6 +75,7 @@ def evaluate(
     """
     if find_spec("lm_eval") is None:
         raise UserError("lm-evaluation-harness is not installed; pip install 'megatron-jet[eval]'")
+    find_device(options.device)  # a wrong one is found out before anything is loaded
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as documents:
         _check_code(presets, options)
@@ -173,12 +174,10 @@ def expand_tiny(
 def load_tokenizer(hf_dir: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a directory. Raises UserError in one line when there is none."""
     hf_dir = Path(hf_dir)
-    if not (hf_dir / "config.json").is_file():
-        raise UserError(f"{hf_dir}: no config.json there; give a Hugging Face checkpoint directory")
+    model_class = MODELS.get(str(hf_config(hf_dir).get("model_type")))
     if not any((hf_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UserError(f"{hf_dir}: no tokenizer there, so no text can be evaluated; copy the base model's files in")
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    model_class = MODELS.get(read_json(hf_dir / "config.json").get("model_type"))
     try:
         if model_class is not None:
             # transformers reads the config first, and cannot read ours without the code that lies beside it.
@@ -190,7 +189,7 @@ def load_tokenizer(hf_dir: str | Path, trust_remote_code: bool = False) -> PreTr
 
 def load_model(hf_dir: str | Path, options: EvaluationOptions) -> PreTrainedModel:
     """The model on its device. Code in the directory runs only with `trust_remote_code`."""
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device(options.device)
     dtype = DTYPES[options.dtype]
     if not options.trust_remote_code:
         return load_for_causal_lm(hf_dir, dtype=dtype).to(device)
@@ -235,7 +234,8 @@ def _load_tasks(manager, names: Sequence[str], preset: Preset | None, options: E
         loaded = manager.load(list(names))
     except UserError:
         raise
-    except (OSError, httpx.HTTPError) as error:  # connection, offline mode, no such dataset: all of datasets' own
+    # Connection, offline mode, no such dataset: all of datasets' own. A ValueError: other parts of it are cached.
+    except (OSError, ValueError, httpx.HTTPError) as error:
         raise UserError(
             f"the data of {', '.join(names)} is not on this machine and cannot be downloaded ({_one_line(error)}); run "
             f"tools/prefetch.py RECIPE {_fetch_option(names, preset)} where there is a network, with the same HF_HOME"

@@ -7,7 +7,9 @@ import pytest
 
 from megatron_jet.configs.cost import model_cost
 from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.hf_format import hf_model_type, model_from_hf, model_to_hf
+from megatron_jet.configs.families import FAMILIES, Family
+from megatron_jet.configs.hf_format import ARCHITECTURES, hf_model_type, model_from_hf, model_to_hf
+from megatron_jet.configs.model import ModelConfig
 
 QWEN = {
     "model_type": "qwen2",
@@ -213,3 +215,35 @@ def test_a_file_that_holds_no_mapping(content):
 def test_scaling_without_a_type_is_not_guessed():
     with pytest.raises(UserError, match="rope_scaling has no rope_type"):
         model_from_hf(QWEN | {"rope_scaling": {"factor": 8.0}})
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("name", ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"])
+def test_numbers_of_a_scaling_that_are_text_are_refused(key, name):
+    scaling = {"factor": 8.0, "low_freq_factor": 1, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    config = QWEN | {"model_type": "llama", key: {"rope_type": "llama3", **scaling}}
+    assert model_from_hf(config).rope_scaling.to_dict() == scaling
+    for wrong in (str(scaling[name]), True):
+        config = QWEN | {"model_type": "llama", key: {"rope_type": "llama3", **scaling, name: wrong}}
+        with pytest.raises(UserError, match=rf"config.json: {key}: {name}: .* \(got {wrong!r}\)"):
+            model_from_hf(config)
+
+
+def test_a_new_family_is_one_row(monkeypatch):
+    """Nothing else names the families: the row makes a config.json readable, writable and a base of hybrids."""
+    family = Family("MistralForCausalLM", qkv_bias=False)
+    monkeypatch.setitem(FAMILIES, "mistral", family)
+    monkeypatch.setitem(ARCHITECTURES, "mistral", family.architecture)  # made from the rows at import
+    model = model_from_hf(QWEN | {"model_type": "mistral"})
+    assert (model.base_model_type, model.qkv_bias) == ("mistral", False)
+    written = model_to_hf(model)
+    assert written["architectures"] == ["MistralForCausalLM"] and model_from_hf(written) == model
+    hybrid = model.with_plan(("swa:8", *model.layer_plan[1:]))
+    assert hf_model_type(hybrid) == "megatron_jet" and model_from_hf(model_to_hf(hybrid)) == hybrid
+    assert ModelConfig.parse(hybrid.to_dict()) == hybrid
+
+
+def test_a_family_without_a_row_is_refused():
+    model = model_from_hf(QWEN).to_dict()
+    with pytest.raises(UserError, match="base_model_type 'mistral' is not supported; known: qwen2, qwen3, llama"):
+        ModelConfig.parse(model | {"base_model_type": "mistral"})

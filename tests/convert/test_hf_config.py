@@ -5,6 +5,8 @@ import json
 import pytest
 
 from convert.hf_cases import JET, ORACLE, config_dict
+from megatron_jet.configs.families import FAMILIES
+from megatron_jet.configs.hf_format import model_from_hf
 from megatron_jet.convert.hf.configuration_megatron_jet import JetNemotronConfig, MegatronJetConfig
 
 # As published, Jet-Nemotron-2B: note the string, and the expand_v that means 256 / 96.
@@ -32,6 +34,40 @@ PUBLISHED_2B = {
         "swa": {"window_size": 1152},
     },
 }
+
+
+@pytest.mark.parametrize("base", [None, *FAMILIES])
+@pytest.mark.parametrize("config_class", [JetNemotronConfig, MegatronJetConfig])
+def test_a_key_that_is_left_out_means_the_same_to_both_readers(config_class, base):
+    """Conversion and the modeling code must not see two models in one file."""
+    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    bare = {name: PUBLISHED_2B[name] for name in (*required, "layer_types", "efficient_attention_config")}
+    if base is not None and config_class is MegatronJetConfig:
+        bare["base_model_type"] = base
+    model, config = model_from_hf({"model_type": config_class.model_type, **bare}), config_class(**bare)
+    for name in (
+        "max_position_embeddings",
+        "rope_theta",
+        "rms_norm_eps",
+        "initializer_range",
+        "tie_word_embeddings",
+        "num_key_value_heads",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+    ):
+        assert getattr(model, name) == getattr(config, name), name
+    assert model.head_dim == config.softmax_head_dim and model.rope_scaling is None is config.rope_scaling
+    assert model.qkv_bias == getattr(config, "qkv_bias", True) and model.qk_norm == getattr(config, "qk_norm", False)
+    # The published code's.
+    assert (model.rope_theta, model.max_position_embeddings) == (1e6, 32768)
+
+
+@pytest.mark.parametrize("config_class", [JetNemotronConfig, MegatronJetConfig])
+def test_rope_parameters_decide_for_both_readers(config_class):
+    given = {**PUBLISHED_2B, "rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    model = model_from_hf({"model_type": config_class.model_type, **given})
+    assert model.rope_theta == config_class(**given).rope_theta == 5e5
 
 
 @pytest.mark.parametrize("source", ["oracle", "2b"])

@@ -13,6 +13,7 @@ from megatron_jet.convert.hf import recurrence
 from megatron_jet.convert.hf.cache import HybridCache
 from megatron_jet.convert.hf.configuration_megatron_jet import JetNemotronConfig, MegatronJetConfig
 from megatron_jet.convert.hf.modeling_megatron_jet import JetNemotronForCausalLM, MegatronJetForCausalLM
+from megatron_jet.convert.hf.token_layout import TokenLayout
 
 
 def logits(model, *args, **kwargs):
@@ -257,3 +258,25 @@ def test_loss_and_kept_logits():
         model(tokens, output_attentions=True)
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
         model()
+
+
+def test_layers_on_another_device_get_the_layout_there():
+    """The meta device stands in for a second GPU: it refuses to be mixed with tensors of a CPU."""
+    model = random_model(config_dict(layer_types=["attn", "attn", "swa"]))
+    for module in (model.model.layers[1], model.model.layers[2], model.model.norm, model.lm_head):
+        module.to("meta")
+
+    def move(module, args):  # as accelerate's hooks do: tensors, alone or in tuples
+        hidden, layout, rotary, cache = args
+        return hidden.to("meta"), layout, tuple(x.to("meta") for x in rotary), cache
+
+    for layer in model.model.layers[1:]:
+        layer.register_forward_pre_hook(move)
+    tokens, mask = random_tokens(2, 6), torch.tensor([[0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]])
+    with torch.no_grad():
+        assert model(tokens, attention_mask=mask, use_cache=False).logits.device.type == "meta"
+    layout = TokenLayout.build((2, 6), torch.device("cpu"), mask)
+    meta = torch.device("meta")
+    moved = layout.on(meta)
+    assert {x.device for x in (moved.valid, moved.positions, moved.visible(moved.key_counts(), 3))} == {meta}
+    assert layout.on(meta) is moved and layout.on(torch.device("cpu")) is layout

@@ -220,6 +220,34 @@ def test_data_that_is_not_here_names_the_command_that_fetches_it(monkeypatch, tm
     assert "\n" not in str(caught.value)
 
 
+def test_data_of_which_other_parts_are_cached_is_data_that_is_not_here():
+    class Manager:
+        def load(self, names):
+            raise ValueError("Couldn't find cache for allenai/ai2_arc for config 'ARC-Easy'\nAvailable configs: ...")
+
+    with pytest.raises(
+        UserError, match="data of arc_easy is not on this machine .*config 'ARC-Easy'.*; run "
+    ) as caught:
+        harness._load_tasks(Manager(), ["arc_easy"], None, EvaluationOptions())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("device", "named"), [("foo", "no such device"), ("mps", "no such"), ("cuda:99", "GPUs here")])
+def test_a_device_that_is_not_there_is_found_out_before_anything_is_loaded(device, named, monkeypatch):
+    monkeypatch.setattr(harness, "task_manager", None)
+    with pytest.raises(UserError, match=f"--device {device}: .*{named}"):
+        harness.evaluate(TEACHER, ["tiny"], options=EvaluationOptions(device=device))
+    with pytest.raises(UserError, match=f"--device {device}: "):
+        harness.load_model(TEACHER, EvaluationOptions(device=device))
+
+
+def test_a_config_that_is_no_mapping_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text("[]")
+    for load in (harness.load_tokenizer, lambda path: harness.load_model(path, EvaluationOptions())):
+        with pytest.raises(UserError, match="config.json: holds no mapping"):
+            load(tmp_path)
+
+
 def test_code_in_the_directory_runs_only_when_asked(hybrid, tmp_path):
     for path in hybrid.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())

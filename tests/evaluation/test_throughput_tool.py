@@ -77,7 +77,7 @@ def subjects(config_file, count: int = 2):
 
 def test_two_models_in_one_file(tmp_path, config_file, quick, capsys):
     out, picture = tmp_path / "result.json", tmp_path / "figure.svg"
-    arguments = ["--random-weights", str(config_file), "--against", TEACHER, "--contexts", "16,8"]
+    arguments = ["--random-weights", str(config_file), "--against", TEACHER, "--contexts", "16,8,16"]
     arguments += ["--new-tokens", "2", "--iterations", "2", "--drop", "1", "--batch-size", "2"]
     assert TOOL.main([*arguments, "--output", str(out), "--plot", str(picture), "--json"]) == 0
     written = json.loads(out.read_text())
@@ -186,7 +186,11 @@ def test_chunks_keep_the_tokens_of_a_pass_in_bounds():
         (["--random-weights", "{config}", "--batch-size", "search", "--contexts", "16"], "--memory-limit or a number"),
         (["--random-weights", "{config}", "--decode", "graph", "--contexts", "16"], "CUDA graphs need a GPU"),
         (["--random-weights", "{config}", "--device", "abacus"], "--device abacus: no such device"),
+        (["--random-weights", "{config}", "--device", "mps"], "--device mps: no such device"),
+        (["--random-weights", "{config}", "--device", "meta"], "--device meta: no such device"),
         (["--random-weights", "{config}", "--memory-limit", "0"], "--memory-limit 0"),
+        (["--random-weights", "{config}", "--memory-limit", "inf"], "--memory-limit inf"),
+        (["--random-weights", "{config}", "--memory-limit", "nan"], "--memory-limit nan"),
         (["--random-weights", "{config}", "--attention", "flash_attention_2", "--contexts", "16"], "needs a GPU"),
     ],
 )

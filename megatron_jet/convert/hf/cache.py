@@ -256,7 +256,7 @@ class HybridCache(Cache):
         if not layout.aligned:
             self.lengths = layout.lengths_after()
         self.seen += layout.length
-        output = layout.repeat_last_real(output, self.last)
+        output = layout.on(output.device).repeat_last_real(output, self.last)
         self.last = _own_storage(output[:, -1])
         return output
 

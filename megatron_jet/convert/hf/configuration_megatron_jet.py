@@ -53,8 +53,8 @@ class JetNemotronConfig(PretrainedConfig):
         layer_types: mixer of each layer, "jet", "swa" or "attn", named as in the published config.json.
         efficient_attention_config: settings by mixer, {"jet": {...}, "swa": {"window_size": N}}.
 
-    The other attributes are Qwen2's. Building one raises ValueError for a layer type, window or head
-    count that no model can have.
+    The other attributes are Qwen2's; their defaults are the published code's. Building one raises ValueError
+    for a layer type, window or head count that no model can have.
     """
 
     model_type = "jet_nemotron"
@@ -69,7 +69,7 @@ class JetNemotronConfig(PretrainedConfig):
     num_attention_heads: int = 12
     num_key_value_heads: int | None = None
     hidden_act: str = "silu"
-    max_position_embeddings: int = 131072
+    max_position_embeddings: int = 32768
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-6
     use_cache: bool = True

@@ -67,6 +67,7 @@ class HybridDecoderLayer(GradientCheckpointingLayer):
         rotary: tuple[torch.Tensor, ...],
         cache: CacheLayer | None = None,
     ) -> torch.Tensor:
+        layout = layout.on(hidden.device)  # accelerate moves tensors between devices, and no other objects
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), layout, rotary, cache)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
@@ -165,7 +166,7 @@ class HybridModel(HybridPreTrainedModel):
             hidden = layer(hidden, layout, rotary, None if cache is None else cache.layers[index])
         hidden = self.norm(hidden)
         if cache is None:
-            hidden = layout.repeat_last_real(hidden)
+            hidden = layout.on(hidden.device).repeat_last_real(hidden)
         else:
             hidden = cache.advance(layout, hidden)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states

@@ -53,6 +53,7 @@ class TokenLayout:
     positions: torch.Tensor
     document: torch.Tensor | None = None
     _masks: dict = field(default_factory=dict)
+    _elsewhere: dict = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -85,6 +86,16 @@ class TokenLayout:
         else:
             layout.document = layout._find_documents(position_ids.expand(batch, length))
         return layout
+
+    def on(self, device: torch.device) -> "TokenLayout":
+        """The same layout with its tensors on another device, for models that are spread over several."""
+        if self.positions.device == device:
+            return self
+        if device not in self._elsewhere:
+            tensors = (self.starts, self.valid, self.positions, self.document)
+            moved = (None if x is None else x.to(device) for x in tensors)
+            self._elsewhere[device] = TokenLayout(self.batch, self.length, self.start, *moved)
+        return self._elsewhere[device]
 
     @property
     def aligned(self) -> bool:

@@ -12,12 +12,11 @@ from torch import Tensor
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.files import read_json
 from megatron_jet.configs.hf_format import model_from_hf, model_to_hf
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.training import ParallelConfig
 from megatron_jet.convert.hf_export import checkpoint_config
-from megatron_jet.convert.hf_package import load_for_causal_lm
+from megatron_jet.convert.hf_package import hf_config, load_for_causal_lm
 from megatron_jet.convert.verify import worker
 from megatron_jet.convert.verify.worker import VerifyJob
 
@@ -77,10 +76,7 @@ def check_same_model(hf_dir: str | Path, model: ModelConfig) -> None:
 
     The tokens compared are fewer than a window may hold and rounding may hide an epsilon, so outputs cannot tell.
     """
-    path = Path(hf_dir) / "config.json"
-    if not path.is_file():
-        raise UserError(f"{hf_dir}: no config.json there; give a Hugging Face checkpoint directory")
-    other = model_from_hf(read_json(path), str(path))
+    other = model_from_hf(hf_config(hf_dir), str(Path(hf_dir) / "config.json"))
     model = model_from_hf(model_to_hf(model))  # what no config.json says is not compared
     for name in SIZES:
         _same(hf_dir, name, getattr(other, name), getattr(model, name))
