@@ -109,6 +109,8 @@ def test_lock_that_cannot_be_taken_is_one_line(place, capsys):
     assert place.plain() == 0
     (place.run / ".lock").unlink()
     (place.run / ".lock").mkdir()
+    with pytest.raises(UserError, match="cannot be written"), run_lock(place.run / ".lock"):
+        pass
     assert main(["resume", "a"]) == 1
     assert capsys.readouterr().err == "error: runs/a: cannot be written (Is a directory)\n"
     assert place.plain() == 1
