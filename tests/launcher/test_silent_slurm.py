@@ -3,7 +3,9 @@
 import json
 import re
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -206,7 +208,8 @@ def test_incomplete_record_is_one_line_and_hides_no_other_run(run, say, content)
 
 
 def test_following_the_log_of_a_job_that_has_ended_ends_at_once(run, say, monkeypatch):
-    monkeypatch.setattr(commands.time, "sleep", lambda seconds: pytest.fail("waited"))
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: pytest.fail("waited"))
+    monkeypatch.setattr(commands, "time", clock)  # its own: subprocess sleeps, too
     (run.run / "stages" / "stage1" / "logs" / "stage1.11.0.n1.log").write_text("last words\n")
     attempts = run.run / "cluster" / "attempts"
     attempts.mkdir(parents=True)
