@@ -61,7 +61,7 @@ def arm(kill: KillPoint) -> None:
     if kill.where == "train":
         Trainer.train_step = die_before(Trainer.train_step, lambda trainer, *_: trainer.job.name == kill.job)
     elif kill.where == "save":
-        from megatron_jet.training.train_state import CheckpointFolder
+        from megatron_jet.training.checkpoint_folder import CheckpointFolder
 
         folder = kill.job.replace("/", "/jobs/")
         CheckpointFolder._finish = die_before(CheckpointFolder._finish, lambda self, *_: folder in str(self.path))

@@ -14,6 +14,7 @@ from megatron_jet.model.builder import build_model
 from megatron_jet.model.paths import idle_parameters, set_paths
 from megatron_jet.model.transformer_config import DTYPES
 from megatron_jet.training.checkpoint import load_model
+from megatron_jet.training.checkpoint_folder import CheckpointFolder
 from megatron_jet.training.collectives import any_rank, from_rank_0, on_rank_0
 from megatron_jet.training.distill import DistillationModel, share_frozen_tensors
 from megatron_jet.training.freezing import freeze
@@ -23,7 +24,7 @@ from megatron_jet.training.recorder import Observer, Recorder
 from megatron_jet.training.schedule import learning_rate
 from megatron_jet.training.signals import Interrupted, StopRequest
 from megatron_jet.training.steps import named_terms, normalizer, run_microbatches, take_batches
-from megatron_jet.training.train_state import CheckpointFolder, Progress
+from megatron_jet.training.train_state import Progress
 
 
 def train(job: TrainJob, observer: Observer | None = None) -> TrainResult:

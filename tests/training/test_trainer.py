@@ -14,7 +14,7 @@ import torch
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.training import LossConfig, ParallelConfig
 from megatron_jet.model.state import gather_tensors
-from megatron_jet.training import train_state
+from megatron_jet.training import checkpoint_folder
 from megatron_jet.training.checkpoint import load_model
 from megatron_jet.training.job import TrainJob, TrainResult
 from megatron_jet.training.metrics import MetricsLog
@@ -72,7 +72,7 @@ def kill_while_saving(out: Path, changes: dict, files: int) -> None:
     """Worker: die by SIGKILL in the middle of the second checkpoint, after some of its files are there."""
     case = job(out, **changes)
     write_models(case)
-    save, calls = train_state.save_sharded, []
+    save, calls = checkpoint_folder.save_sharded, []
 
     def partly(state, path) -> None:
         calls.append(path)
@@ -83,7 +83,7 @@ def kill_while_saving(out: Path, changes: dict, files: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         save(state, path)
 
-    train_state.save_sharded = partly
+    checkpoint_folder.save_sharded = partly
     run_job(case)
 
 
