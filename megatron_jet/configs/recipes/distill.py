@@ -15,7 +15,7 @@ from megatron_jet.configs.stages import SEARCH_STAGES
 def tiny_distill() -> RunConfig:
     """Recipe `tiny_distill`: the placement that the quickstart found, with JetBlock, in about three minutes."""
     config = tiny()
-    plan = hybrid_plan(8, "jet", full=(0, 4), windows={2: 32})
+    plan = hybrid_plan(8, "jet", full=(2, 4), windows={0: 32})
     # The search's winner has had its training when stage 1 begins; here the linear layers start from nothing.
     training = config.stage1.training.replace(steps=160)
     return known(
