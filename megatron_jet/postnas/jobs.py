@@ -88,6 +88,7 @@ def first_weights(
 
 
 def job_dir(ctx: StageContext, stage: str, name: str) -> Path:
+    """Directory of one training job of a stage."""
     return ctx.stage_dir(stage) / "jobs" / name
 
 

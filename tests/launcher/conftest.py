@@ -8,21 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from launcher.cluster_place import ClusterPlace
+from launcher.cluster_place import TEACHER, ClusterPlace
 from launcher.fake_slurm import FakeSlurm
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
-SHAPE = {
-    "model_type": "qwen2",
-    "hidden_size": 128,
-    "intermediate_size": 320,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 448,
-    "tie_word_embeddings": True,
-}
 
 
 @pytest.fixture
@@ -30,7 +20,7 @@ def teacher(tmp_path) -> Path:
     """An HF directory with nothing but a config.json: all that the launcher looks at."""
     path = tmp_path / "teacher"
     path.mkdir()
-    (path / "config.json").write_text(json.dumps(SHAPE))
+    (path / "config.json").write_text(json.dumps(TEACHER))
     return path
 
 

@@ -73,6 +73,7 @@ class ClusterRecord:
 
 
 def record_file(run: RunDirectory) -> Path:
+    """Where the record of a run on a cluster lies."""
     return run.path / "cluster" / "experiment.json"
 
 
