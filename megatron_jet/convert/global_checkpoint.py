@@ -8,7 +8,7 @@ import io
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import write_json
-from megatron_jet.convert.ahead import made_ahead
 from megatron_jet.convert.output_directory import interrupted, one_line, replaced_directory
+from megatron_jet.convert.write_behind import write_behind
 
 COMPLETE_MARK = "metadata.json"  # Megatron's own; written last, so that a directory without it is unfinished
 COMMON_STATE = "common_state/shard_0_1"  # Megatron's place for everything that is not a tensor: nothing here
@@ -142,29 +144,50 @@ class GlobalCheckpoint:
 
 
 class _LazyPlanner(DefaultSavePlanner):
-    """Plans with tensors on the meta device and has each one made shortly before it is written."""
+    """Plans with tensors on the meta device and has each one made when it is written."""
 
     def __init__(self, tensors: Mapping[str, LazyTensor]):
         super().__init__(flatten_state_dict=False)
         self._tensors = tensors
 
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        plan = super().finish_plan(new_plan)
-        keys = [item.index.fqn for item in plan.items if item.index.fqn != COMMON_STATE]
-        self._made = zip(keys, made_ahead([self._tensors[key].make for key in keys]), strict=True)
-        return plan
-
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        if write_item.index.fqn == COMMON_STATE:
+        key = write_item.index.fqn
+        if key == COMMON_STATE:
             return _serialized([{}])
-        key, tensor = next(self._made)
-        if key != write_item.index.fqn:
-            raise ValueError(f"the writer asks for {write_item.index.fqn} when {key} is next in the plan")
         lazy = self._tensors[key]
-        tensor = tensor.detach().to("cpu", lazy.dtype).contiguous()
+        tensor = lazy.make().detach().to("cpu", lazy.dtype).contiguous()
         if tuple(tensor.shape) != lazy.shape:
             raise ValueError(f"{key}: made a tensor of shape {tuple(tensor.shape)}, announced {lazy.shape}")
         return tensor
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Stands for the planner where the one item of a file is made already."""
+
+    data: Tensor | io.BytesIO
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        return self.data
+
+
+class _Writer(FileSystemWriter):
+    """Writes files of one tensor each side by side. Torch's own threads lose the errors that happen in them."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        if self.single_file_per_rank:
+            return super().write_data(plan, planner)
+        write = super().write_data
+        prefix = plan.storage_data.prefix
+        files = (
+            (replace(plan, items=[item], storage_data=replace(plan.storage_data, prefix=f"{prefix}{number}_")), item)
+            for number, item in enumerate(plan.items)
+        )
+        made = ((file, _Made(planner.resolve_data(item))) for file, item in files)
+        written = write_behind(made, lambda file_and_data: write(*file_and_data).wait())
+        results: Future[list[WriteResult]] = Future()
+        results.set_result([result for file in written for result in file])
+        return results
 
 
 def write_checkpoint(
@@ -184,7 +207,7 @@ def write_checkpoint(
     lazy = {key: LazyTensor.of(t) if isinstance(t, Tensor) else t for key, t in tensors.items()}
     with replaced_directory(path) as temporary:
         single = sum(t.bytes for t in lazy.values()) <= SINGLE_FILE_BYTES
-        writer = FileSystemWriter(temporary, single_file_per_rank=single, thread_count=1, sync_files=False)
+        writer = _Writer(temporary, single_file_per_rank=single, thread_count=1, sync_files=False)
         plan: dict = {key: torch.empty(t.shape, dtype=t.dtype, device="meta") for key, t in lazy.items()}
         plan[COMMON_STATE] = _serialized([{}])
         try:

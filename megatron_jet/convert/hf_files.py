@@ -6,6 +6,7 @@ then the data without gaps. Source of the format: github.com/huggingface/safeten
 """
 
 import json
+import os
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import read_json, write_json
-from megatron_jet.convert.ahead import made_ahead
+from megatron_jet.convert.write_behind import write_behind
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -122,7 +123,7 @@ class OutTensor:
 
 
 def write_hf_tensors(directory: Path, tensors: list[OutTensor], shard_bytes: int) -> list[Path]:
-    """Write safetensors, holding two or three tensors in memory at a time.
+    """Write safetensors, holding three tensors in memory at a time.
 
     Args:
         directory: an existing directory.
@@ -157,16 +158,27 @@ def _write_shard(path: Path, tensors: list[OutTensor]) -> None:
     """One file. Wide types come first, which keeps every tensor aligned; else the order is the caller's."""
     tensors = sorted(tensors, key=lambda t: -t.dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    starts: dict[str, int] = {}
     end = 0
     for t in tensors:
         start, end = end, end + t.bytes
+        starts[t.name] = start
         header[t.name] = {"dtype": DTYPE_NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % HEADER_ALIGNMENT)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for t, tensor in zip(tensors, made_ahead([t.make for t in tensors]), strict=True):
-            file.write(_bytes_of(t, tensor.contiguous()))
+    text = struct.pack("<Q", len(text)) + text
+    with open(path, "wb", buffering=0) as file:
+        handle = file.fileno()
+        _write_at(handle, 0, memoryview(text))
+        made = ((len(text) + starts[t.name], _bytes_of(t, t.make().contiguous())) for t in tensors)
+        write_behind(made, lambda place_and_data: _write_at(handle, *place_and_data))
+
+
+def _write_at(handle: int, place: int, data: memoryview) -> None:
+    """All of the data, of which the system may take a part at a time (2 GiB at most)."""
+    while data:
+        written = os.pwrite(handle, data, place)
+        place, data = place + written, data[written:]
 
 
 def _bytes_of(t: OutTensor, tensor: Tensor) -> memoryview:

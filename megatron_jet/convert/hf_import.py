@@ -22,7 +22,7 @@ from megatron_jet.model.param_table import param_table
 def import_hf(
     hf_dir: str | Path, out: str | Path, *, force: bool = False, progress: ConversionProgress | None = None
 ) -> ModelConfig:
-    """Convert a Hugging Face checkpoint. Needs memory for two or three tensors at a time.
+    """Convert a Hugging Face checkpoint. Needs memory for three tensors at a time.
 
     The checkpoint keeps the type of every tensor, config.json and the tokenizer's files, so that `export_hf` gives the
     same model back bit by bit.

@@ -22,6 +22,7 @@ from megatron_jet.model.param_table import mixer_rows, param_table
 from megatron_jet.model.paths import Choices, extract_plan, supernet_key
 
 Init = Literal["teacher", "random"]
+DrawnMixer = Callable[[int, str], dict[str, Tensor]]  # of a layer, by key relative to the mixer
 
 
 def make_student(
@@ -53,6 +54,7 @@ def make_student(
     """
     _check_fit(teacher, student)
     source = GlobalCheckpoint(teacher_checkpoint)
+    drawn = _drawn_mixer(source, teacher, student, seed, init)
     tensors: dict[str, LazyTensor] = {}
     for row in param_table(student):
         if ".self_attention." not in row.key:
@@ -60,7 +62,7 @@ def make_student(
     for layer in range(student.num_layers):
         paths = (student.layer_plan[layer],) if choices is None else choices[layer]
         for path in dict.fromkeys(weight_path(entry) for entry in paths):
-            for key, tensor in _mixer(source, teacher, student, layer, path, seed, init).items():
+            for key, tensor in _mixer(source, student, layer, path, drawn).items():
                 key = f"decoder.layers.{layer}.{key}"
                 tensors[key if choices is None else supernet_key(key, path)] = tensor
     write_checkpoint(out, tensors, student.to_dict())
@@ -74,15 +76,27 @@ def extract_student(supernet_checkpoint: str | Path, student: ModelConfig, out: 
 
 
 def _mixer(
-    source: GlobalCheckpoint, teacher: ModelConfig, student: ModelConfig, layer: int, entry: str, seed: int, init: Init
+    source: GlobalCheckpoint, student: ModelConfig, layer: int, entry: str, drawn: DrawnMixer
 ) -> dict[str, LazyTensor]:
     """Tensors of one layer's mixer, by checkpoint key relative to the layer."""
     rows = mixer_rows(student, entry)
     if split_entry(entry)[0] not in LINEAR_MIXERS:
         return {row.key: source.lazy(f"decoder.layers.{layer}.{row.key}") for row in rows}
 
+    def take(key: str) -> Callable[[], Tensor]:
+        return lambda: drawn(layer, entry)[key.removeprefix("self_attention.")]
+
+    # In fp32 whatever the teacher's type: these tensors train, and the loader casts to the model's own type.
+    return {row.key: LazyTensor(row.global_shape, torch.float32, take(row.key)) for row in rows}
+
+
+def _drawn_mixer(
+    source: GlobalCheckpoint, teacher: ModelConfig, student: ModelConfig, seed: int, init: Init
+) -> DrawnMixer:
+    """Draws a layer's mixer. Keeps the last one only: its tensors are written one after another."""
+
     @lru_cache(maxsize=1)
-    def drawn() -> dict[str, Tensor]:
+    def drawn(layer: int, entry: str) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(int(hash_json([seed, layer, entry])[:15], 16))
         if init == "random":
             tensors = mixer_from_scratch(student, entry, generator)
@@ -90,11 +104,7 @@ def _mixer(
             tensors = mixer_from_teacher(student, entry, _attention(source, teacher, layer), generator)
         return mixer_state(student, entry, tensors)
 
-    def take(key: str) -> Callable[[], Tensor]:
-        return lambda: drawn()[key.removeprefix("self_attention.")]
-
-    # In fp32 whatever the teacher's type: these tensors train, and the loader casts to the model's own type.
-    return {row.key: LazyTensor(row.global_shape, torch.float32, take(row.key)) for row in rows}
+    return drawn
 
 
 def _attention(source: GlobalCheckpoint, teacher: ModelConfig, layer: int) -> AttentionWeights:

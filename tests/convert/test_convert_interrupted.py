@@ -239,9 +239,11 @@ def small_disk(path: Path, size: int) -> Iterator[None]:
         shutil.rmtree(path)
 
 
-@pytest.mark.parametrize("command", ["import", "export"])
-def test_a_full_disk_is_one_line_and_leaves_nothing(command, oracle, tmp_path, capsys):
+@pytest.mark.parametrize(("command", "single_file"), [("import", True), ("import", False), ("export", True)])
+def test_a_full_disk_is_one_line_and_leaves_nothing(command, single_file, oracle, tmp_path, capsys, monkeypatch):
     """It fills up at the first byte, among the weights, and among the files beside them."""
+    if not single_file:
+        monkeypatch.setattr("megatron_jet.convert.global_checkpoint.SINGLE_FILE_BYTES", 0)
     source = oracle
     if command == "export":
         assert convert("import", oracle, tmp_path / "ckpt") == 0
