@@ -22,12 +22,12 @@ compare() { # name, arguments of tools/throughput.py...
 }
 
 if [ -f runs/tiny/export/config.json ]; then
-    compare tiny runs/tiny/export --against megatron_jet/teachers/tiny --contexts 1024,2048,4096
+    compare tiny runs/tiny/export --against megatron_jet/teachers/tiny --contexts 1024,4096,8192
 else
     failed+=("tiny: no runs/tiny/export; run 'make quickstart' first")
 fi
 compare 46m --random-weights docs/benchmarks/configs/hybrid-46m.json --against docs/benchmarks/configs/full-42m.json \
-    --contexts 512,2048
+    --contexts 1024,4096
 run kernels "$PY" tools/bench_kernels.py --device cpu --output "$OUT/cpu-kernels.json"
 run training "$PY" tools/bench_training.py tiny --output "$OUT/cpu-training.json"
 
