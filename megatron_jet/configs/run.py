@@ -11,6 +11,7 @@ from megatron_jet.configs.mixers.base import MixerConfig
 from megatron_jet.configs.mixers.registry import typed_mixers
 from megatron_jet.configs.stages import (
     SEARCH_STAGES,
+    SELECTION_STAGES,
     STAGE_ORDER,
     CandidateStageConfig,
     EvaluateConfig,
@@ -77,7 +78,16 @@ class RunConfig(StrictModel):
                     raise UserError(f"{where}: '{name}' has no entry in mixers; known: {', '.join(self.mixers)}")
         if self.student_plan is not None:
             self._check_known_architecture(self.student_plan)
+        elif self._continues_search and not any(stage in SELECTION_STAGES for stage in self.stages):
+            raise UserError(
+                f"stage1.init=search continues the winner of a selection stage ({', '.join(SELECTION_STAGES)}), and "
+                "stages has none; set stage1.init=teacher with it"
+            )
         return self
+
+    @property
+    def _continues_search(self) -> bool:
+        return "stage1" in self.stages and self.stage1.init == "search"
 
     def _check_known_architecture(self, plan: LayerPlan) -> None:
         for kind in linear_kinds(plan):

@@ -188,8 +188,6 @@ def selected_mixer(ctx: StageContext, before: str | None = None) -> MixerConfig:
 def winner_checkpoint(ctx: StageContext) -> Path:
     """Weights of the last selection stage's winner, for a stage 1 that continues them."""
     stage = last_selection(ctx.config)
-    if stage is None:
-        raise UserError("stage1.init=search needs a selection stage in `stages`; use stage1.init=teacher")
     jobs = ctx.stage_dir(stage) / "jobs"
     steps = sorted((jobs / ctx.result(stage).winner / "checkpoints").glob("step-*/model"))
     if not steps:

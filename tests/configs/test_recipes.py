@@ -55,6 +55,15 @@ def test_paper_recipes_fit_together(build):
     assert sum(n * w for n, w in weights.items()) == config.placement.budget * sum(weights.values())
 
 
+def test_a_search_to_continue_has_to_be_among_the_stages():
+    """Found out here, not in the job that would read the winner's weights."""
+    stages = ["stages=[prepare,placement,stage1,report]"]
+    with pytest.raises(UserError, match=r"stage1.init=search continues .* stages has none; set stage1.init=teacher"):
+        apply_overrides(tiny(), stages)
+    assert apply_overrides(tiny(), [*stages, "stage1.init=teacher"]).stage1.init == "teacher"
+    assert apply_overrides(tiny(), ["stages=[prepare,placement]"]).stages == ("prepare", "placement")
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [
