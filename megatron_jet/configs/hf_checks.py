@@ -44,6 +44,11 @@ def check_types(config: Any, where: str) -> None:
     for kind, settings in (config.get("efficient_attention_config") or {}).items():
         if not isinstance(settings, dict):
             raise UserError(f"{where}: efficient_attention_config.{kind}={_short(settings)} is not a mapping")
+        window = settings.get("window_size")
+        if window is not None and not is_size(window):
+            raise UserError(
+                f"{where}: efficient_attention_config.{kind}.window_size={_short(window)} is not a whole number above 0"
+            )
     for key in ("rope_scaling", "rope_parameters"):
         _check_rope(config.get(key) or {}, f"{where}: {key}")
 

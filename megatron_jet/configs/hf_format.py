@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.families import FAMILIES, RopeScaling
-from megatron_jet.configs.hf_checks import check_types, is_number, is_size
+from megatron_jet.configs.hf_checks import check_types, is_names, is_number, is_size
 from megatron_jet.configs.layer_plan import LayerPlan, split_entry
 from megatron_jet.configs.mixers.base import MixerConfig
 from megatron_jet.configs.mixers.registry import LINEAR_MIXERS, mixer_config_class
@@ -22,6 +22,8 @@ HYBRID_ARCHITECTURES = {
 }
 ARCHITECTURES = {name: family.architecture for name, family in FAMILIES.items()} | HYBRID_ARCHITECTURES
 HYBRIDS = tuple(HYBRID_ARCHITECTURES)
+EXPANSION_DIGITS = 10  # that published files give of expand_v, after the point
+PUBLISHED_KEY_VALUE_HEADS = 2  # of a hybrid's config.json that does not say
 
 
 def model_from_hf(config: dict[str, Any], where: str = "config.json") -> ModelConfig:
@@ -61,7 +63,7 @@ def _model(config: dict[str, Any], where: str) -> ModelConfig:
             "intermediate_size": _required(config, "intermediate_size", where),
             "num_layers": num_layers,
             "num_attention_heads": heads,
-            "num_key_value_heads": config.get("num_key_value_heads") or heads,
+            "num_key_value_heads": _key_value_heads(config, hybrid, heads),
             "head_dim": config.get("head_dim") or _default_head_dim(model_type, hidden, heads),
             "vocab_size": _required(config, "vocab_size", where),
             "max_position_embeddings": config.get("max_position_embeddings") or 32768,
@@ -116,7 +118,8 @@ def model_to_hf(model: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
     }
     if model.pad_token_id is not None:
         config["pad_token_id"] = model.pad_token_id
-    if model_type != "jet_nemotron" and not (model_type in FAMILIES and FAMILIES[model_type].derives_head_dim):
+    derived = model_type == "jet_nemotron" and _derives_head_dim(model)
+    if not derived and not (model_type in FAMILIES and FAMILIES[model_type].derives_head_dim):
         config["head_dim"] = model.head_dim
     if model_type in FAMILIES and not FAMILIES[model_type].qkv_bias:
         config["attention_bias"] = False
@@ -130,14 +133,17 @@ def hf_model_type(model: ModelConfig) -> str:
     kinds = {split_entry(entry)[0] for entry in model.layer_plan}
     family = FAMILIES[model.base_model_type]
     as_its_family = (model.qkv_bias, model.qk_norm) == family.traits
-    derived_head_dim = model.head_dim * model.num_attention_heads == model.hidden_size
-    if kinds == {"attn"} and as_its_family and (derived_head_dim or not family.derives_head_dim):
+    if kinds == {"attn"} and as_its_family and (_derives_head_dim(model) or not family.derives_head_dim):
         return model.base_model_type
     one_window = len({split_entry(entry)[1] for entry in model.layer_plan} - {None}) <= 1
-    like_published = model.base_model_type == "qwen2" and as_its_family and derived_head_dim
+    like_published = model.base_model_type == "qwen2" and as_its_family
     if kinds <= {"jet", "swa", "attn"} and one_window and like_published and model.rope_scaling is None:
         return "jet_nemotron"
     return "megatron_jet"
+
+
+def _derives_head_dim(model: ModelConfig) -> bool:
+    return model.head_dim * model.num_attention_heads == model.hidden_size
 
 
 def _hybrid_keys(model: ModelConfig, model_type: str) -> dict[str, Any]:
@@ -165,7 +171,7 @@ def _mixer_keys(mixer: MixerConfig) -> dict[str, Any]:
     settings = mixer.to_dict()
     if mixer.kind == "jet":
         settings.pop("static_kernel")  # a training ablation: its generator is zero in the weights
-        settings |= {"norm_eps": short_float(mixer.norm_eps), "expand_v": _rounded(mixer.expand_v)}
+        settings |= {"norm_eps": short_float(mixer.norm_eps), "expand_v": _published_expansion(mixer)}
     return {**_published_extras(mixer.kind), **settings}
 
 
@@ -175,9 +181,19 @@ def short_float(value: float) -> str:
     return f"{digits}{e}{int(exponent)}" if e else digits
 
 
-def _rounded(expansion: float) -> float | int:
-    """As published: 2 for a whole number, 2.6666666667 for 256 / 96. `_exact` takes it back."""
-    return int(expansion) if expansion == int(expansion) else round(expansion, 10)
+def _published_expansion(mixer: MixerConfig) -> float | int:
+    """d_v / d_k as published: 2 for a whole number, 2.6666666667 for 256 / 96. `_exact` takes it back.
+
+    The published code cuts d_k * expand_v and heads * d_k * expand_v down to whole numbers, so the tenth digit goes up
+    where the nearest one would give a width too few.
+    """
+    d_k, d_v, heads, exact = mixer.head_dim, mixer.head_v_dim, mixer.num_heads, mixer.head_v_dim / mixer.head_dim
+    if exact == int(exact):
+        return int(exact)
+    nearest = round(exact, EXPANSION_DIGITS)
+    if (int(d_k * nearest), int(heads * d_k * nearest)) == (d_v, heads * d_v):
+        return nearest
+    return round(nearest + 10**-EXPANSION_DIGITS, EXPANSION_DIGITS)
 
 
 def _exact(settings: dict[str, Any]) -> dict[str, Any]:
@@ -185,7 +201,7 @@ def _exact(settings: dict[str, Any]) -> dict[str, Any]:
     expansion, d_k = settings.get("expand_v"), settings.get("head_dim")
     if is_number(expansion) and is_size(d_k):
         d_v = round(d_k * expansion)
-        if round(d_v / d_k, 10) == round(expansion, 10):
+        if abs(d_v / d_k - expansion) < 2 * 10**-EXPANSION_DIGITS:
             return settings | {"expand_v": d_v / d_k}
     return settings
 
@@ -201,13 +217,15 @@ def _plan(config: dict[str, Any], model_type: str, num_layers: int, where: str) 
         try:
             types = json.loads(types.replace("'", '"'))
         except ValueError:
-            raise UserError(f"{where}: layer_types '{types}' is not a list of mixer names") from None
+            types = None
+        if not isinstance(types, list) or not is_names(types):
+            raise UserError(f"{where}: layer_types '{config['layer_types']}' is not a list of mixer names")
     if model_type not in HYBRIDS:
         return _plain_plan(config, types, num_layers, where)
     if types is None:
         raise UserError(f"{where}: layer_types is missing; name the mixer of each layer")
     one_window = ((config.get("efficient_attention_config") or {}).get("swa") or {}).get("window_size")
-    windows = config.get("windows") or [one_window] * len(types)
+    windows = [one_window] * len(types) if config.get("windows") is None else config["windows"]
     if len(windows) != len(types):
         raise UserError(f"{where}: windows has {len(windows)} entries but layer_types has {len(types)}")
     if any(kind == "swa" and window is None for kind, window in zip(types, windows, strict=True)):
@@ -250,6 +268,12 @@ def _refuse_unsupported(config: dict[str, Any], where: str) -> None:
     for key, supported in (("mlp_bias", False), ("attention_bias", False), ("partial_rotary_factor", 1.0)):
         if config.get(key) not in (None, supported):
             raise UserError(f"{where}: {key}={config[key]} is not supported")
+
+
+def _key_value_heads(config: dict[str, Any], hybrid: bool, heads: int) -> int:
+    """Null means one per query head. Without the key hybrids have the published default."""
+    missing = PUBLISHED_KEY_VALUE_HEADS if hybrid else None
+    return config.get("num_key_value_heads", missing) or heads
 
 
 def _default_head_dim(model_type: str, hidden: int, heads: int) -> int:

@@ -61,6 +61,8 @@ class ModelConfig(StrictModel):
                 f"num_attention_heads={self.num_attention_heads} does not divide by "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
+        if self.head_dim % 2:
+            raise UserError(f"head_dim={self.head_dim} is not even, as rotary embeddings need")
         check_plan(self.layer_plan, self.num_layers)
         for i in range(self.num_layers):
             self.mixer(i).check(self.shape)

@@ -80,7 +80,11 @@ def export_hf(
         if companions.is_dir():
             copy_companions(companions, temporary, skip=("config.json", CARD))
         _write_config(temporary / "config.json", model, checkpoint, _main_dtype(source, rows, dtype))
-        write_text(temporary / CARD, card or _kept_card(model, checkpoint) or model_card(model, command=command))
+        kept = _kept_card(model, checkpoint) if card is None else None
+        if kept is not None:
+            (temporary / CARD).write_bytes(kept)
+        else:
+            write_text(temporary / CARD, card or model_card(model, command=command))
         if _is_hybrid(temporary):
             write_modeling_code(temporary)
     return model
@@ -161,10 +165,10 @@ def _is_imported(model: ModelConfig, checkpoint: Path) -> bool:
     return original.is_file() and model_from_hf(read_json(original), str(original)) == model
 
 
-def _kept_card(model: ModelConfig, checkpoint: Path) -> str | None:
-    """README.md of the import, if this is still its model."""
+def _kept_card(model: ModelConfig, checkpoint: Path) -> bytes | None:
+    """README.md of the import, if this is still its model. As bytes: what it holds is not ours."""
     path = checkpoint / COMPANIONS / CARD
-    return path.read_text(encoding="utf-8") if path.is_file() and _is_imported(model, checkpoint) else None
+    return path.read_bytes() if path.is_file() and _is_imported(model, checkpoint) else None
 
 
 def _write_config(path: Path, model: ModelConfig, checkpoint: Path, dtype: str) -> None:
@@ -172,17 +176,20 @@ def _write_config(path: Path, model: ModelConfig, checkpoint: Path, dtype: str) 
 
     The first keeps what we do not model, such as norm_eps written as a string, byte for byte.
     """
-    config, text = model_to_hf(model, dtype), None
+    config, original = model_to_hf(model, dtype), None
     if _is_imported(model, checkpoint):
-        text = (checkpoint / COMPANIONS / "config.json").read_text(encoding="utf-8")
-        config = json.loads(text)
+        original = (checkpoint / COMPANIONS / "config.json").read_bytes()
+        config = json.loads(original)
     changes = {}
     dtype_key = "dtype" if "dtype" in config else "torch_dtype"
     if config.get(dtype_key, dtype) != dtype:
         changes[dtype_key] = dtype
     if config["model_type"] in HYBRIDS and config.get("auto_map") != auto_map(config["model_type"]):
         changes["auto_map"] = auto_map(config["model_type"])
-    write_text(path, text if text is not None and not changes else _dump({**config, **changes}))
+    if original is not None and not changes:
+        path.write_bytes(original)
+    else:
+        write_text(path, _dump({**config, **changes}))
 
 
 def _dump(config: Mapping) -> str:

@@ -88,6 +88,10 @@ class HfTensors:
         single = self.directory / SINGLE
         if places is not None:
             paths = [self.directory / name for name in sorted(set(places.values()))]
+            if single.is_file() and single not in paths:  # transformers would load it and not look at the index
+                raise UserError(
+                    f"{self.directory}: has {SINGLE} and an {INDEX} without it; remove the one that is not meant"
+                )
         elif single.is_file():
             paths = [single]
         else:

@@ -20,9 +20,14 @@ def write_behind[Piece, Result](pieces: Iterable[Piece], write: Callable[[Piece]
     running: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(max_workers=WRITERS) as writers:
         for piece in pieces:
-            running.append(writers.submit(write, piece))
+            running.append(writers.submit(_take, write, [piece]))
             del piece  # or it would live on while the next is made
             if len(running) == WRITERS:
                 results.append(running.popleft().result())
         results.extend(future.result() for future in running)
     return results
+
+
+def _take[Piece, Result](write: Callable[[Piece], Result], box: list[Piece]) -> Result:
+    """Empties the box: the pool lets go of what it was given only after the result is known."""
+    return write(box.pop())

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from convert.convert_cases import convert, edit_tensors, same, save_qwen2, tensors_of
+from convert.convert_cases import convert, copy_oracle, edit_tensors, same, save_qwen2, tensors_of
 from convert.hf_cases import ORACLE, config_dict, random_model
 from megatron_jet.convert.global_checkpoint import GlobalCheckpoint
 from megatron_jet.convert.hf_files import INDEX
@@ -32,6 +32,20 @@ def test_published_format_round_trip(tmp_path):
     before.pop("auto_map")
     assert after == before and after["efficient_attention_config"]["jet"]["norm_eps"] == "1e-5"
     assert (tmp_path / "back" / f"{code}.py").is_file()
+
+
+def test_files_of_other_systems_come_back_byte_by_byte(tmp_path):
+    """Line ends of Windows, and a card in Latin-1: what is not ours is not read as text."""
+    source = copy_oracle(tmp_path / "hf")
+    assert convert("import", source, tmp_path / "first") == 0
+    assert convert("export", tmp_path / "first", tmp_path / "ours") == 0
+    config = (tmp_path / "ours" / "config.json").read_bytes().replace(b"\n", b"\r\n")  # with our own auto_map
+    card = "# Mod\xe8le\r\n".encode("latin-1")
+    (source / "config.json").write_bytes(config)
+    (source / "README.md").write_bytes(card)
+    assert convert("import", source, tmp_path / "ckpt") == convert("export", tmp_path / "ckpt", tmp_path / "back") == 0
+    assert (tmp_path / "back" / "config.json").read_bytes() == config
+    assert (tmp_path / "back" / "README.md").read_bytes() == card
 
 
 def test_superset_round_trip_with_every_mixer_in_shards(tmp_path):

@@ -59,8 +59,19 @@ BAD_IMPORTS = {
     "broken config": (lambda d: (d / "config.json").write_text("{"), ["config.json", "JSON"]),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), ["no model.safetensors"]),
     "no directory": (shutil.rmtree, ["no such directory"]),
+    "layer types as a number": (lambda d: edit_config(d, lambda c: c.update(layer_types="4")), ["layer_types '4'"]),
+    "layer types as numbers": (lambda d: edit_config(d, lambda c: c.update(layer_types="[4]")), ["layer_types '[4]'"]),
+    "window as text": (
+        lambda d: edit_config(d, lambda c: c["efficient_attention_config"]["swa"].update(window_size="16")),
+        ["efficient_attention_config.swa.window_size='16'"],
+    ),
+    "no windows": (lambda d: edit_config(d, lambda c: c.update(windows=[])), ["windows has 0 entries"]),
+    "odd heads": (lambda d: edit_config(d, lambda c: c.update(head_dim=15)), ["head_dim=15 is not even"]),
     "missing shard": (
-        lambda d: (d / INDEX).write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}})),
+        lambda d: (
+            (d / INDEX).write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}})),
+            (d / "model.safetensors").unlink(),
+        ),
         ["model-1.safetensors: no such file"],
     ),
     "wrong index": (
@@ -148,6 +159,10 @@ BAD_SHARDS = {
     "duplicate in two shards": (
         lambda d: edit_shard(other(d, NORM), lambda t: t.update({NORM: torch.zeros(64)})),
         [f"tensor '{NORM}'", "as well"],
+    ),
+    "a single file beside the index": (
+        lambda d: shutil.copyfile(holder(d, NORM), d / "model.safetensors"),
+        ["has model.safetensors and an", INDEX, "remove"],
     ),
     "duplicate in one header": (lambda d: name_twice(holder(d, NORM)), ["is there twice"]),
     "shape off by one": (

@@ -199,9 +199,16 @@ def test_what_a_family_cannot_have_is_refused(changes, message):
         model_from_hf({"model_type": "llama", **SHAPE, **changes})
 
 
-def test_the_published_format_has_no_scaling():
-    with pytest.raises(Exception, match="is not supported, only default"):
-        JetNemotronConfig(**SHAPE, layer_types=["attn", "attn"], rope_scaling=LLAMA3)
+def test_a_published_hybrid_with_scaling_is_the_same_to_both_readers():
+    """Its rotary code takes any type that transformers knew; we compute Llama 3's and refuse the rest."""
+    config = {**SHAPE, "layer_types": ["attn", "attn"], "model_type": "jet_nemotron", "rope_scaling": LLAMA3}
+    model = model_from_hf(config)
+    assert model.rope_scaling.factor == JetNemotronConfig(**config).rope_scaling["factor"] == LLAMA3["factor"]
+    yarn = {**config, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
+    with pytest.raises(Exception, match="not supported"):
+        JetNemotronConfig(**yarn)
+    with pytest.raises(UserError, match="not supported"):
+        model_from_hf(yarn)
 
 
 def test_head_dim_of_qwen3_without_the_key():

@@ -57,6 +57,7 @@ def test_a_key_that_is_left_out_means_the_same_to_both_readers(config_class, bas
         "pad_token_id",
     ):
         assert getattr(model, name) == getattr(config, name), name
+    assert model.num_key_value_heads == 2, "as published"
     assert model.head_dim == config.softmax_head_dim and model.rope_scaling is None is config.rope_scaling
     assert model.qkv_bias == getattr(config, "qkv_bias", True) and model.qk_norm == getattr(config, "qk_norm", False)
     # The published code's.
@@ -96,7 +97,7 @@ def test_settings_of_the_published_jet_block():
 def test_layer_types_as_a_string_are_parsed_and_not_run():
     config = config_dict(layer_types=["jet", "attn"])
     assert MegatronJetConfig(**{**config, "layer_types": "['jet', 'attn']"}).layer_types == ["jet", "attn"]
-    for text in ("['jet'] * 2", "__import__('os').getcwd()", "jet"):
+    for text in ("['jet'] * 2", "__import__('os').getcwd()", "jet", "4", "[4]"):
         with pytest.raises(ValueError, match="not a list of mixer names"):
             MegatronJetConfig(**{**config, "layer_types": text})
 
@@ -126,6 +127,7 @@ def jet(**changes):
         ({"layer_types": None}, "layer_types is missing"),
         ({"windows": [None, 0, None, None, None]}, "layer 1 is 'swa' but its window is 0"),
         ({"windows": [None, 4]}, "windows has 2 entries for 5 layers"),
+        ({"windows": []}, "windows has 0 entries for 5 layers"),
         ({"efficient_attention_config": None}, "efficient_attention_config has no 'jet'"),
         ({"layer_types": ["swa"], "efficient_attention_config": {}}, "its window is None"),
         (jet(expand_v=1.3), "expand_v=1.3 times head_dim=6 is not a whole number"),

@@ -1,5 +1,6 @@
 """The published 2B and 4B, in full size but without weights: config, names, shapes and types in both directions."""
 
+import itertools
 import json
 import math
 import struct
@@ -31,6 +32,30 @@ def test_config(name):
     assert json.dumps(written, sort_keys=True) == json.dumps(CONFIGS[name], sort_keys=True)
     assert '"norm_eps": "1e-5"' in json.dumps(written)
     assert model_from_hf(CONFIGS[name]) == KNOWN_MODELS[name]()
+
+
+@pytest.mark.parametrize("heads", [1, 3, 6, 12, 16, 32])
+def test_the_published_code_finds_our_widths_again(heads):
+    """It computes them by cutting products off at the point, and refuses what is not within 1e-5 of the product."""
+    model = KNOWN_MODELS["Jet-Nemotron-2B"]()
+    for d_k, d_v in itertools.product(range(8, 257, 8), range(8, 513, 24)):
+        jet = model.mixers["jet"].replace(num_heads=heads, head_dim=d_k, expand_v=d_v / d_k)
+        sized = model.replace(mixers={"jet": jet})
+        config = model_to_hf(sized)
+        expansion = config["efficient_attention_config"]["jet"]["expand_v"]
+        assert int(d_k * expansion) == d_v and int(heads * d_k * expansion) == heads * d_v, (d_k, d_v, expansion)
+        assert math.isclose(d_k * expansion, d_v, rel_tol=1e-5)
+        assert model_from_hf(config) == sized
+
+
+def test_a_head_width_of_its_own_stays_in_the_published_format():
+    """Its attention reads head_dim; files without the key derive it."""
+    model = KNOWN_MODELS["Jet-Nemotron-2B"]()
+    assert "head_dim" not in model_to_hf(model)
+    wide = model.replace(head_dim=160)
+    config = model_to_hf(wide)
+    assert (config["model_type"], config["head_dim"]) == ("jet_nemotron", 160)
+    assert model_from_hf(config) == wide and JetNemotronConfig(**config).softmax_head_dim == 160
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -33,6 +33,7 @@ def checkpoint(tmp_path_factory):
 def test_equal_models(checkpoint):
     rows = verify(ORACLE, checkpoint, ParallelConfig())
     assert [row.name for row in rows] == [
+        "embedding",
         "layer 0 (jet)",
         "layer 1 (swa:16)",
         "layer 2 (attn)",
@@ -40,7 +41,8 @@ def test_equal_models(checkpoint):
         "logits",
     ]
     assert first_different(rows, TOLERANCE) is None
-    assert all(0 < row.ratio < TOLERANCE for row in rows), "a difference of exactly 0 would mean one model ran twice"
+    assert rows[0].ratio == rows[0].largest == 0, "the same bits"
+    assert all(0 < row.ratio < TOLERANCE for row in rows[1:]), "exactly 0 would mean one model ran twice"
 
 
 def test_equal_models_over_four_processes(checkpoint, pool, monkeypatch):
@@ -50,13 +52,13 @@ def test_equal_models_over_four_processes(checkpoint, pool, monkeypatch):
         "megatron_jet.convert.verify.compare.run_megatron", lambda job: pool.run(write_activations, job, layout=layout)
     )
     rows = verify(ORACLE, checkpoint, layout)
-    assert len(rows) == 5 and first_different(rows, TOLERANCE) is None
+    assert len(rows) == 6 and first_different(rows, TOLERANCE) is None
 
 
 @pytest.mark.slow
 def test_the_command_starts_its_processes(checkpoint):
     rows = verify(ORACLE, checkpoint, ParallelConfig(tensor=2))
-    assert len(rows) == 5 and first_different(rows, TOLERANCE) is None
+    assert len(rows) == 6 and first_different(rows, TOLERANCE) is None
 
 
 @pytest.mark.parametrize(
@@ -65,7 +67,7 @@ def test_the_command_starts_its_processes(checkpoint):
         ("decoder.layers.2.self_attention.linear_proj.weight", "layer 2 (attn)"),
         ("decoder.layers.3.self_attention.dt_bias", "layer 3 (jet)"),
         ("decoder.final_layernorm.weight", "logits"),
-        ("embedding.word_embeddings.weight", "layer 0 (jet)"),
+        ("embedding.word_embeddings.weight", "embedding"),
     ],
 )
 def test_the_first_wrong_layer_is_named(checkpoint, tmp_path, key, first):
@@ -74,6 +76,18 @@ def test_the_first_wrong_layer_is_named(checkpoint, tmp_path, key, first):
     tensors[key] = tensors[key] * 1.01
     write_checkpoint(tmp_path / "wrong", tensors, checkpoint_config(checkpoint).to_dict())
     assert first_different(verify(ORACLE, tmp_path / "wrong", ParallelConfig()), 1e-4).name == first
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-3, torch.nan])
+def test_a_wrong_row_of_the_embedding_is_found_whichever_tokens_are_drawn(checkpoint, tmp_path, value):
+    source = GlobalCheckpoint(checkpoint)
+    tensors = {name: source.read(name) for name in source}
+    embedding = tensors["embedding.word_embeddings.weight"]
+    for row in (0, len(embedding) // 2, len(embedding) - 1):
+        tensors["embedding.word_embeddings.weight"] = embedding.clone()
+        tensors["embedding.word_embeddings.weight"][row] = value
+        write_checkpoint(tmp_path / "wrong", tensors, checkpoint_config(checkpoint).to_dict())
+        assert first_different(verify(ORACLE, tmp_path / "wrong", ParallelConfig()), 1e-4).name == "embedding"
 
 
 def test_nan_counts_as_different(checkpoint, tmp_path):

@@ -7,6 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PretrainedConfig
 
 SOFTMAX_MIXERS = ("attn", "swa")
+ROPE_TYPES = ("default", "llama3")
 LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 DELTA_RULE_SETTINGS = {"num_heads": int, "head_dim": int, "expand_v": float, "norm_eps": float, "conv_size": int}
 # Settings of each linear mixer with their types; the published files write norm_eps as the string "1e-5".
@@ -52,6 +53,7 @@ class JetNemotronConfig(PretrainedConfig):
     Attributes:
         layer_types: mixer of each layer, "jet", "swa" or "attn", named as in the published config.json.
         efficient_attention_config: settings by mixer, {"jet": {...}, "swa": {"window_size": N}}.
+        rope_scaling: none, or Llama 3's, {"rope_type": "llama3", "factor": ..., ...} as in its config.json.
 
     The other attributes are Qwen2's; their defaults are the published code's. Building one raises ValueError
     for a layer type, window or head count that no model can have.
@@ -60,14 +62,13 @@ class JetNemotronConfig(PretrainedConfig):
     model_type = "jet_nemotron"
     keys_to_ignore_at_inference = ["past_key_values"]
     known_mixers = ("jet", "swa", "attn")
-    known_rope_types = ("default",)
 
     vocab_size: int = 151936
     hidden_size: int = 1536
     intermediate_size: int = 8960
     num_hidden_layers: int = 28
     num_attention_heads: int = 12
-    num_key_value_heads: int | None = None
+    num_key_value_heads: int | None = 2
     hidden_act: str = "silu"
     max_position_embeddings: int = 32768
     initializer_range: float = 0.02
@@ -95,9 +96,12 @@ class JetNemotronConfig(PretrainedConfig):
     def _parse_layer_types(text: str) -> list[str]:
         """Some copies of the published files hold the list as a string. It is parsed, never evaluated."""
         try:
-            return json.loads(text.replace("'", '"'))
+            names = json.loads(text.replace("'", '"'))
         except json.JSONDecodeError:
-            raise ValueError(f"layer_types {text!r} is not a list of mixer names") from None
+            names = None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"layer_types {text!r} is not a list of mixer names")
+        return names
 
     def _accept_rope_parameters(self, parameters: dict | None) -> None:
         """Files written by transformers 5 hold rope_theta inside rope_parameters."""
@@ -134,13 +138,17 @@ class JetNemotronConfig(PretrainedConfig):
             )
         if self.softmax_head_dim % 2 or self.softmax_head_dim < 1:
             raise ValueError(f"head_dim={self.softmax_head_dim} is not even, as rotary embeddings need")
-        self._check_rope_scaling()
+        self.check_rope_scaling()
 
-    def _check_rope_scaling(self) -> None:
+    def check_rope_scaling(self) -> None:
+        """Raises ValueError for a scaling that is not computed here, or that lacks a number.
+
+        The model asks again: what `from_pretrained` is given as an argument is set after the config was checked.
+        """
         scaling = self.rope_scaling or {}
         rope_type = scaling.get("rope_type", scaling.get("type", "default"))  # older files say "type"
-        if rope_type not in self.known_rope_types:
-            raise ValueError(f"rope_scaling={scaling} is not supported, only {', '.join(self.known_rope_types)}")
+        if rope_type not in ROPE_TYPES:
+            raise ValueError(f"rope_scaling={scaling} is not supported, only {', '.join(ROPE_TYPES)}")
         for name in LLAMA3_SCALING if rope_type == "llama3" else ():
             value = scaling.get(name)
             if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
@@ -201,22 +209,21 @@ class MegatronJetConfig(JetNemotronConfig):
         head_dim: width of a softmax head, when it is not hidden_size / num_attention_heads.
         qkv_bias: whether the softmax layers' Q, K and V projections have biases.
         qk_norm: whether the softmax layers normalise each query and key head (RMSNorm).
-        rope_scaling: also Llama 3's, {"rope_type": "llama3", "factor": ..., ...} as in its config.json.
     """
 
     model_type = "megatron_jet"
     known_mixers = ("jet", "swa", "attn", "gated_delta_net", "gla")
-    known_rope_types = ("default", "llama3")
 
     head_dim: int | None = None
     qkv_bias: bool = True
     qk_norm: bool = False
     windows: list[int | None] | None = None
 
-    def validate_windows(self) -> None:
-        """Checks that `windows` has one entry per layer."""
+    def validate_layer_type(self) -> None:
+        """Checks that `windows` has one entry per layer, and then the layer types."""
         if self.windows is not None and len(self.windows) != self.num_hidden_layers:
             raise ValueError(f"windows has {len(self.windows)} entries for {self.num_hidden_layers} layers")
+        super().validate_layer_type()
 
     def _given_window(self, layer: int) -> Any:
         return super()._given_window(layer) if self.windows is None else self.windows[layer]

@@ -108,7 +108,8 @@ class HybridModel(HybridPreTrainedModel):
 
     def __init__(self, config: JetNemotronConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        config.check_rope_scaling()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _padding_row(config))
         self.layers = nn.ModuleList(HybridDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
@@ -131,8 +132,8 @@ class HybridModel(HybridPreTrainedModel):
         Args:
             input_ids: [B, T]; or inputs_embeds [B, T, hidden].
             attention_mask: [B, past + T] or [B, T], 0 for padding anywhere in a row.
-            position_ids: [B or 1, T]. Where they do not go up by one, a new document starts, and no
-                token sees another document. By default padding is left out of the count.
+            position_ids: [B or 1, T]. Where they do not go up by one (over padding, by one or its width), a new
+                document starts, and no token sees another document. By default padding is left out of the count.
             past_key_values: a `HybridCache`, extended in place.
             use_cache: make a cache where none is given; by default as the config says, never in training.
             output_hidden_states: also return the input of each layer and the final norm's output.
@@ -190,6 +191,12 @@ class HybridModel(HybridPreTrainedModel):
         if given is None and use_cache:
             return HybridCache(self.config)
         return given
+
+
+def _padding_row(config: JetNemotronConfig) -> int | None:
+    """Row of the embedding that gets no gradient, as in the published model; None where the token has no row."""
+    token = config.pad_token_id
+    return token if token is not None and 0 <= token < config.vocab_size else None
 
 
 class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):

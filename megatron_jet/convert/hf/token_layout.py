@@ -7,7 +7,7 @@ Worked out once per forward pass and shared by all layers.
 A row's *real* tokens are those that the attention mask keeps. A token's *count* is the number of real
 tokens of its row before it, cached ones included. Caches hold real tokens only, so padding at either
 end, or in the middle, changes nothing. Several documents packed in a row are told apart by their
-position ids: a new one starts wherever they do not go up by one.
+position ids: a new one starts wherever they do not go up by one, or, over padding, by its width.
 """
 
 from dataclasses import dataclass, field
@@ -221,17 +221,19 @@ class TokenLayout:
     def _find_documents(self, positions: torch.Tensor) -> torch.Tensor | None:
         """Count of the first token of each token's document, from where position ids break off."""
         counts = self.counts()
-        offset = positions - counts  # constant inside a document
+        columns = torch.arange(self.length, device=positions.device).expand_as(positions)
         if self.valid is None:
-            before = offset
-            has_before = torch.ones_like(offset, dtype=torch.bool)
+            latest, has_before = columns, torch.ones_like(columns, dtype=torch.bool)
         else:
             latest, has_before = self._latest_real()
-            before = offset.gather(1, latest)
+        step = positions[:, 1:] - positions.gather(1, latest)[:, :-1]  # from the last real token to this one
+        # Inside a document they count real tokens, or columns: then padding in the middle makes a wider step.
+        goes_on = (step == 1) | (step == columns[:, 1:] - latest[:, :-1])
         breaks = torch.zeros_like(has_before)
-        breaks[:, 1:] = has_before[:, :-1] & (offset[:, 1:] != before[:, :-1])
+        breaks[:, 1:] = has_before[:, :-1] & ~goes_on
         if self.valid is not None:
             breaks &= self.valid
+        offset = positions - counts
         began = counts.masked_fill(~breaks, -1).cummax(1).values
         # A document that began in an earlier pass did so as many tokens ago as its positions say.
         earlier = (-offset).clamp(min=0)

@@ -15,12 +15,17 @@ from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.hf_format import model_from_hf, model_to_hf
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.training import ParallelConfig
+from megatron_jet.convert.global_checkpoint import GlobalCheckpoint
 from megatron_jet.convert.hf_export import checkpoint_config
+from megatron_jet.convert.hf_files import HfTensors
 from megatron_jet.convert.hf_package import hf_config, load_for_causal_lm
 from megatron_jet.convert.verify import worker
 from megatron_jet.convert.verify.worker import VerifyJob
+from megatron_jet.model.param_table import param_table
 
 SEQUENCES, LENGTH = 2, 96  # longer than one chunk of the chunked recurrences
+EMBEDDING = "embedding.word_embeddings.weight"
+EMBEDDING_ROWS = 8192  # compared at a time, to keep the fp32 copies small
 SIZES = ("vocab_size", "hidden_size", "num_layers")  # named first: the rest follows from them
 # Compared layer by layer, or without effect on what a model computes.
 NOT_COMPARED = {"layer_plan", "mixers", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"}
@@ -31,8 +36,8 @@ class LayerDifference:
     """How much one layer's output (or the logits) differ.
 
     Attributes:
-        name: "layer 3 (jet)" or "logits".
-        ratio: norm of the difference over norm of the Hugging Face tensor.
+        name: "embedding", "layer 3 (jet)" or "logits".
+        ratio: norm of the difference over norm of the Hugging Face tensor; of the embedding, that of its worst row.
         largest: largest absolute difference.
     """
 
@@ -50,7 +55,7 @@ def verify(hf_dir: str | Path, checkpoint: str | Path, parallel: ParallelConfig)
         parallel: layout of the Megatron side; tensor * pipeline processes are started on this machine.
 
     Returns:
-        One row per layer, in order, and one for the logits.
+        One row for the embedding, one per layer, in order, and one for the logits.
 
     Raises:
         UserError: either model cannot be loaded, their configs say different models, or the checkpoint does not fit the
@@ -67,8 +72,22 @@ def verify(hf_dir: str | Path, checkpoint: str | Path, parallel: ParallelConfig)
         found: dict[str, Tensor] = {}
         for path in Path(directory).glob("*.safetensors"):
             found |= load_file(path)
+    embedding = _embedding_difference(hf_dir, checkpoint, model)
     names = {str(i): f"layer {i} ({entry})" for i, entry in enumerate(model.layer_plan)} | {"logits": "logits"}
-    return [_difference(name, found[key], reference[key]) for key, name in names.items()]
+    return [embedding, *(_difference(name, found[key], reference[key]) for key, name in names.items())]
+
+
+def _embedding_difference(hf_dir: str | Path, checkpoint: str | Path, model: ModelConfig) -> LayerDifference:
+    """Of the row of the embedding that differs most: the tokens of a comparison are few of the vocabulary's."""
+    row = next(row for row in param_table(model) if row.key == EMBEDDING)
+    parts = (GlobalCheckpoint(checkpoint).read(EMBEDDING), HfTensors(hf_dir).read(row.hf[0]))
+    ratio = largest = 0.0
+    for found, reference in zip(*(part.split(EMBEDDING_ROWS) for part in parts), strict=True):
+        difference = found.float() - reference.float()
+        norms = difference.norm(dim=-1) / reference.float().norm(dim=-1).clamp_min(1e-30)
+        ratio = max(ratio, float(norms.nan_to_num(torch.inf).max()))
+        largest = max(largest, float(difference.abs().nan_to_num(torch.inf).max()))
+    return LayerDifference("embedding", ratio, largest)
 
 
 def check_same_model(hf_dir: str | Path, model: ModelConfig) -> None:
