@@ -94,9 +94,9 @@ def test_rope_parameters_of_transformers_5():
         ({"layer_plan": ("jet", "swa:3", "swa:4")}, "megatron_jet"),
         ({"layer_plan": ("gla", "attn", "attn")}, "megatron_jet"),
         ({"layer_plan": ("jet", "attn", "attn"), "qkv_bias": False}, "megatron_jet"),
-        ({"layer_plan": ("jet", "attn", "attn"), "head_dim": 64}, "megatron_jet"),
+        ({"layer_plan": ("jet", "attn", "attn"), "head_dim": 64}, "jet_nemotron"),
         ({"layer_plan": ("attn", "attn", "attn")}, "qwen2"),
-        ({"layer_plan": ("attn", "attn", "attn"), "head_dim": 64}, "megatron_jet"),
+        ({"layer_plan": ("attn", "attn", "attn"), "head_dim": 64}, "jet_nemotron"),
         ({"layer_plan": ("attn",) * 3, "base_model_type": "llama", "qkv_bias": False}, "llama"),
     ],
 )
