@@ -3,7 +3,8 @@
 import io
 import os
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".html")
 # Plain .json is left alone: in folders of code it is one value, not a line per document.
 LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
 SUFFIXES = (*TEXT_SUFFIXES, *LINE_SUFFIXES, ".parquet")
+KINDS_NAMED = 3  # of files that are not read
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 
 
@@ -32,8 +34,11 @@ class InputFile:
         return f"{self.source}_qa" if self.source else "qa"
 
 
-def find_inputs(given: list[str]) -> list[InputFile]:
+def find_inputs(given: list[str], say: Callable[[str], None] = lambda line: None) -> list[InputFile]:
     """Files among PATH and NAME=PATH arguments, folders searched through, sorted.
+
+    Args:
+        say: gets a line for each folder with files of kinds that are not read.
 
     Raises:
         UserError: a missing path, an unknown kind of file, a file given twice for one source.
@@ -42,7 +47,7 @@ def find_inputs(given: list[str]) -> list[InputFile]:
     for text in given:
         named = None if Path(text).exists() else re.fullmatch(r"([a-z][a-z0-9_-]*)=(.+)", text)
         source, path = named.groups() if named else (None, text)
-        found += [InputFile(file, source) for file in _files(Path(path))]
+        found += [InputFile(file, source) for file in _files(Path(path), say)]
     seen = set()
     for file in found:
         key = (os.path.abspath(file.path), file.source)
@@ -80,11 +85,16 @@ def open_lines(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
             yield io.BufferedReader(stream, 1 << 20), file
 
 
-def _files(given: Path) -> list[Path]:
+def _files(given: Path, say: Callable[[str], None]) -> list[Path]:
     if given.is_dir():
-        inside = sorted(path for path in given.rglob("*") if path.name.endswith(SUFFIXES) and path.is_file())
+        every = [path for path in given.rglob("*") if path.is_file()]
+        inside = sorted(path for path in every if path.name.endswith(SUFFIXES))
         if not inside:
             raise UserError(f"{given}: no {', '.join(SUFFIXES)} file in this folder")
+        others = Counter(path.suffix or "none" for path in every if not path.name.endswith(SUFFIXES))
+        if others:
+            kinds = ", ".join(f"{suffix} {count:,}" for suffix, count in others.most_common(KINDS_NAMED))
+            say(f"{given}: {others.total():,} files of other kinds are not read ({kinds})")
         return inside
     if not given.is_file():
         raise UserError(f"{given}: no such file or folder")

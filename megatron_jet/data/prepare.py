@@ -85,7 +85,7 @@ def prepare(
     for task in request.synthetic:
         if task not in SYNTHETIC:
             raise UserError(f"unknown synthetic task '{task}'; known: {', '.join(SYNTHETIC)}")
-    files = find_inputs(list(request.inputs))
+    files = find_inputs(list(request.inputs), say)
     check_output(out, [file.path for file in files], force)
     for file in files:
         if file.source in SYNTHETIC:

@@ -81,7 +81,8 @@ class PreparationProgress:
         """The totals, for the last line of a command."""
         now = time.monotonic()
         took = timedelta(seconds=round(now - self._started))
-        return f"{self.done.tokens:,} tokens of {size(self.done.total)} in {took}, {self._speed(now):,.0f} tokens/s"
+        of = f" of {size(self.done.total)}" if self.done.total else ""  # synthetic samples come from no file
+        return f"{self.done.tokens:,} tokens{of} in {took}, {self._speed(now):,.0f} tokens/s"
 
     def _speed(self, now: float) -> float:
         return self.done.tokens / max(now - self._started, 1e-9)

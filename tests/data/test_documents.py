@@ -120,6 +120,14 @@ def test_a_file_given_twice_for_one_source_is_named(tmp_path):
         find_inputs([f"web={tmp_path}", f"web={tmp_path}/../{tmp_path.name}/a.jsonl"])
 
 
+def test_files_of_other_kinds_in_a_folder_are_counted(tmp_path):
+    for name in ("a.jsonl", "b.json", "c.json", "e.json", "d", "f"):
+        (tmp_path / name).write_bytes(b"")
+    said = []
+    assert [file.path.name for file in find_inputs([str(tmp_path)], said.append)] == ["a.jsonl"]
+    assert said == [f"{tmp_path}: 5 files of other kinds are not read (.json 3, none 2)"]
+
+
 def test_parts_hold_every_file_once(tmp_path):
     for number in range(7):
         (tmp_path / f"{number}.txt").write_text("x")

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,19 @@ from megatron_jet.data import encoder as encoder_module
 from megatron_jet.data.documents import Document
 from megatron_jet.data.encoder import Encoder, batches
 from megatron_jet.data.index import read_index
-from megatron_jet.data.prepare import Request, _Placed, prepare
+from megatron_jet.data.prepare import Request, prepare
 from megatron_jet.data.shards import read_shard
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def placed(*texts: str) -> list[_Placed]:
-    return [_Placed(Document(str(n), text), "train", "text", None, 0) for n, text in enumerate(texts)]
+@dataclass(frozen=True)
+class Item:
+    document: Document
+
+
+def items(*texts: str) -> list[Item]:
+    return [Item(Document(str(number), text)) for number, text in enumerate(texts)]
 
 
 def prepared_bytes(corpus, byte_tokenizer, out) -> str:
@@ -66,7 +72,7 @@ def test_batches_are_bounded_and_a_large_document_comes_alone(monkeypatch):
     monkeypatch.setattr(encoder_module, "BATCH_DOCUMENTS", 3)
     monkeypatch.setattr(encoder_module, "BATCH_BYTES", 10)
     texts = ["a", "b", "c", "d", "eeee", "ffffff", "é" * 20, "g", "hhhhhhhhh", "i", ""]
-    found = [[item.document.text for item in batch] for batch in batches(iter(placed(*texts)))]
+    found = [[item.document.text for item in batch] for batch in batches(iter(items(*texts)))]
     assert found == [["a", "b", "c"], ["d", "eeee"], ["ffffff"], ["é" * 20], ["g", "hhhhhhhhh"], ["i", ""]]
 
 
@@ -75,7 +81,7 @@ def test_no_more_is_read_ahead_than_two_batches(byte_tokenizer, monkeypatch):
     read = []
 
     def documents():
-        for item in placed(*map(str, range(100))):
+        for item in items(*map(str, range(100))):
             read.append(item)
             yield item
 
@@ -98,4 +104,4 @@ def test_documents_are_neither_cut_nor_padded(byte_tokenizer, tmp_path, setting)
         encoder.tokenizer.enable_padding()
     encoder.tokenizer.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
     again = Encoder(tmp_path / "tokenizer")
-    assert [len(sample.tokens) for _, sample in again.encode(placed("a" * 9, "bb"))] == [10, 3]
+    assert [len(sample.tokens) for _, sample in again.encode(items("a" * 9, "bb"))] == [10, 3]

@@ -40,6 +40,8 @@ def test_a_line_now_and_then_off_a_terminal(capsys, monkeypatch):
         progress.update(Done(3 << 30, 10 << 30, 1_200_000))
         assert capsys.readouterr().err == ""
     assert progress.summary() == "1,200,000 tokens of 10.0 GiB in 0:01:00, 20,000 tokens/s"
+    progress.update(Done(0, 0, 60))
+    assert progress.summary() == "60 tokens in 0:01:00, 1 tokens/s"
     assert [size(count) for count in (0, 1023, 1024, 5 << 40, 5000 << 40)] == [
         "0 bytes", "1023 bytes", "1.0 KiB", "5.0 TiB", "5,000.0 TiB"
     ]  # fmt: skip
