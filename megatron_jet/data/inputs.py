@@ -67,7 +67,9 @@ def part_of(files: list[InputFile], part: tuple[int, int]) -> list[InputFile]:
     if not 1 <= number <= parts:
         raise UserError(f"--part {number}/{parts}: parts go from 1/{parts} to {parts}/{parts}")
     if parts > len(files):
-        raise UserError(f"--part {number}/{parts}: there are {len(files)} input files only; make fewer parts")
+        raise UserError(
+            f"--part {number}/{parts}: there are {len(files)} input files only; make fewer parts, or split files"
+        )
     return files[number - 1 :: parts]
 
 
