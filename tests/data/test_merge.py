@@ -81,7 +81,7 @@ def test_parts_make_what_one_run_makes(web, byte_tokenizer, parts, tmp_path):
     assert said == [f"3 parts, {len(shards)} shards: {len(shards)} hard links, 0 copies"]
     for split, info in index.splits.items():
         sources = [shard.source for shard in info.shards]
-        assert sources == sorted(sources) and len(sources) > len(set(sources))
+        assert sources == sorted(sources) and (split != "train" or len(sources) > len(set(sources)))
         for shard in info.shards:
             check_shard(tmp_path / "merged", shard)
             assert shard.path.startswith(f"{split}/{shard.source}-")

@@ -83,9 +83,10 @@ def test_force_replaces_earlier_outputs_only(corpus, byte_tokenizer, tmp_path):
     mine.mkdir()
     prepare(request, mine, force=True)  # an empty folder
     prepare(request, mine, force=True)
-    (mine / "train" / "corpus.txt").write_text("mine")
+    inside = next(path for path in mine.iterdir() if path.is_dir()) / "corpus.txt"  # of whatever split file01 is in
+    inside.write_text("mine")
     with pytest.raises(UserError, match="the output would replace the input .*corpus.txt"):
-        prepare(Request((str(mine / "train" / "corpus.txt"),), byte_tokenizer), mine, force=True)
+        prepare(Request((str(inside),), byte_tokenizer), mine, force=True)
     (mine / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="mine is not a prepared directory .notes.txt is in it.; --force"):
         prepare(request, mine, force=True)
