@@ -18,8 +18,17 @@ EXAMPLE = """example:
 jsonl lines are {"text": ...} or {"prompt": ..., "answer": ...}; of the latter only the answer counts as a target.
 NAME=PATH makes a source of that name (and NAME_qa of lines with answers), which recipes blend by name; without a
 name the sources are text and qa.
+jsonl may be compressed: .jsonl.gz, .jsonl.zst, .json.gz and .json.zst are read as they are.
 Samples with answers are never cut, so take --seq-length no longer than training.seq_length of the recipe.
-Documents go to train (90%), search and heldout (5% each) by a hash of their path and line."""
+Documents go to train (90%), search and heldout (5% each) by a hash of their path and line.
+A large corpus is prepared in parts, on several nodes or nights: --part 1/16 to --part 16/16, each into a directory of
+its own, then tools/merge_data.py makes one of them."""
+
+
+def part(text: str) -> tuple[int, int]:
+    """argparse type: I/N."""
+    number, _, parts = text.partition("/")
+    return int(number), int(parts)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,6 +49,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--stdlib", action="store_true", help="add the Python standard library's source")
     parser.add_argument("--synthetic", default="", metavar="TASKS", help="comma-separated: recall, choice, copy")
     parser.add_argument("--synthetic-samples", type=int, default=4000, metavar="N", help="training samples per task")
+    about = "take every N-th input file, from the I-th; merge the parts with tools/merge_data.py"
+    parser.add_argument("--part", type=part, metavar="I/N", help=about)
+    about = "leave out, and count, documents that cannot be used; without it the first one ends the work"
+    parser.add_argument("--skip-bad", action="store_true", help=about)
     parser.add_argument("--force", action="store_true", help="replace OUT_DIR")
     parser.add_argument("--json", action="store_true", help="print the index as JSON")
     args = parser.parse_args(argv)
@@ -47,7 +60,12 @@ def main(argv: list[str] | None = None) -> int:
     tasks = tuple(filter(None, args.synthetic.split(",")))
     if not inputs and not args.stdlib and not tasks:
         parser.error("nothing to prepare: give an input before OUT_DIR, or --stdlib, or --synthetic")
+    if args.part and (args.stdlib or tasks):
+        parser.error(
+            "--part divides input files; prepare --stdlib and --synthetic by themselves and merge them as well"
+        )
     from megatron_jet.data.prepare import BUNDLED_SAMPLES, BUNDLED_TEXT_BYTES, Request, prepare
+    from megatron_jet.data.progress import PreparationProgress
 
     own = args.stdlib or tasks
     request = Request(
@@ -57,14 +75,13 @@ def main(argv: list[str] | None = None) -> int:
         stdlib_bytes=BUNDLED_TEXT_BYTES if args.stdlib else None,
         synthetic=tasks,
         samples=BUNDLED_SAMPLES | {"train": args.synthetic_samples},
+        part=args.part,
+        skip_bad=args.skip_bad,
     )
-    index = prepare(request, Path(out), force=args.force, say=lambda line: print(line, file=sys.stderr))
-    if args.json:
-        print(json.dumps(index.to_dict(), indent=2))
-    else:
-        for name, split in index.splits.items():
-            counts = ", ".join(f"{source} {tokens:,}" for source, tokens in split.sources.items())
-            print(f"{name}: {len(split.shards)} shards, tokens: {counts}")
+    with PreparationProgress() as progress:
+        index = prepare(request, Path(out), force=args.force, say=progress.say, watch=progress.update)
+    progress.say(progress.summary())
+    print(json.dumps(index.to_dict(), indent=2) if args.json else index.summary())
     return 0
 
 

@@ -1,15 +1,17 @@
-"""Documents from text, jsonl and parquet files."""
+"""Documents from text, jsonl and parquet files, one at a time whatever the size of the file."""
 
 import json
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_jet.configs.errors import UserError
+from megatron_jet.data.inputs import LINE_SUFFIXES, open_lines
 
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".html")
-SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".parquet")
+# The tokenizer needs about 100 bytes per byte of a text, so this is what bounds its memory.
+MAX_DOCUMENT_BYTES = 32 << 20
+PARQUET_ROWS = 512  # read at a time
 
 
 @dataclass(frozen=True)
@@ -20,104 +22,153 @@ class Document:
         name: says where it came from; decides its split.
         text: the text, or the prompt.
         answer: follows the prompt; then only its tokens count as targets.
+        read: bytes of its file that were read to get here.
     """
 
     name: str
     text: str
     answer: str | None = None
+    read: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Of its text in UTF-8. Raises UnicodeEncodeError for half a surrogate pair, which JSON can spell."""
+        return len(self.text.encode()) + len((self.answer or "").encode())
 
 
-@dataclass(frozen=True)
-class InputFile:
-    """A file, and the source that its documents belong to (None: "text", and "qa" for those with answers)."""
-
-    path: Path
-    source: str | None = None
-
-    def source_of(self, document: Document) -> str:
-        """Texts and answers are packed and scored in different ways, so they are sources of their own."""
-        if document.answer is None:
-            return self.source or "text"
-        return f"{self.source}_qa" if self.source else "qa"
+def refuse(problem: str) -> None:
+    """What to do about a document that cannot be used: raise UserError."""
+    raise UserError(f"{problem}; mend it, or leave such documents out with --skip-bad")
 
 
-def find_inputs(given: list[str]) -> list[InputFile]:
-    """Files among PATH and NAME=PATH arguments, folders searched through, sorted.
-
-    Raises:
-        UserError: a missing path, an unknown kind of file.
-    """
-    found = []
-    for text in given:
-        named = None if Path(text).exists() else re.fullmatch(r"([a-z][a-z0-9_-]*)=(.+)", text)
-        source, path = named.groups() if named else (None, text)
-        found += [InputFile(file, source) for file in _files(Path(path))]
-    return found
+BadDocument = Callable[[str], None]  # is told which one, and what is wrong; may raise
 
 
-def _files(given: Path) -> list[Path]:
-    if given.is_dir():
-        inside = sorted(path for path in given.rglob("*") if path.suffix in SUFFIXES and path.is_file())
-        if not inside:
-            raise UserError(f"{given}: no {', '.join(SUFFIXES)} file in this folder")
-        return inside
-    if not given.is_file():
-        raise UserError(f"{given}: no such file or folder")
-    if given.suffix not in SUFFIXES:
-        raise UserError(f"{given}: unknown kind of file; known: {', '.join(SUFFIXES)}")
-    return [given]
-
-
-def read_documents(path: Path) -> Iterator[Document]:
+def read_documents(path: Path, bad_document: BadDocument = refuse) -> Iterator[Document]:
     """Documents of one file: a text file is one, a jsonl line one, a parquet row one.
 
+    Args:
+        bad_document: called for each document that cannot be used; when it returns, that one is left out.
+
     Raises:
-        UserError: names the file, and the line or column that is wrong.
+        UserError: names a file that cannot be read, and what of it is wrong.
     """
-    if path.suffix == ".jsonl":
-        yield from _jsonl(path)
+    if path.name.endswith(LINE_SUFFIXES):
+        found = _jsonl(path, bad_document)
     elif path.suffix == ".parquet":
-        yield from _parquet(path)
+        found = _parquet(path, bad_document)
     else:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-        if text.strip():
-            yield Document(str(path), text)
+        found = _text(path, bad_document)
+    for document in found:
+        problem = _problem(document)
+        if problem:
+            bad_document(f"{document.name}: {problem}")
+        else:
+            yield document
 
 
-def _jsonl(path: Path) -> Iterator[Document]:
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}: line {number} is not JSON ({error})") from None
-            name = f"{path}:{number}"
-            if isinstance(row, dict) and isinstance(row.get("text"), str):
-                yield Document(name, row["text"])
-            elif isinstance(row, dict) and isinstance(row.get("prompt"), str) and isinstance(row.get("answer"), str):
-                yield Document(name, row["prompt"], row["answer"])
-            else:
-                raise UserError(f"{path}: line {number} has neither 'text' nor 'prompt' and 'answer' as strings")
+def _problem(document: Document) -> str | None:
+    """Why no tokenizer could take it."""
+    try:
+        size = document.bytes
+    except UnicodeEncodeError as error:
+        return f"not text: half a surrogate pair at character {error.start + 1}"
+    if size > MAX_DOCUMENT_BYTES:
+        return _too_large(size)
+    return None
 
 
-def _parquet(path: Path) -> Iterator[Document]:
+def _too_large(size: int) -> str:
+    return f"one document of {size / 2**20:,.1f} MiB, more than {MAX_DOCUMENT_BYTES >> 20}"
+
+
+def _text(path: Path, bad_document: BadDocument) -> Iterator[Document]:
+    size = path.stat().st_size
+    if size > MAX_DOCUMENT_BYTES:
+        bad_document(f"{path}: {_too_large(size)}; put its documents on the lines of a .jsonl file")
+        return
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        bad_document(f"{path}: cannot be read as UTF-8 text ({error})")
+        return
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if text.strip():
+        yield Document(str(path), text, read=size)
+
+
+def _jsonl(path: Path, bad_document: BadDocument) -> Iterator[Document]:
+    try:
+        with open_lines(path) as (lines, file):
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    bad_document(f"{path}: line {number} is not JSON ({error})")
+                    continue
+                texts = _texts(row)
+                if texts is None:
+                    bad_document(f"{path}: line {number} has neither 'text' nor 'prompt' and 'answer' as strings")
+                    continue
+                yield Document(f"{path}:{number}", *texts, read=file.tell())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _texts(row: Any) -> tuple[str] | tuple[str, str] | None:
+    """Text, or prompt and answer, of a jsonl line."""
+    if isinstance(row, dict) and isinstance(row.get("text"), str):
+        return (row["text"],)
+    if isinstance(row, dict) and isinstance(row.get("prompt"), str) and isinstance(row.get("answer"), str):
+        return row["prompt"], row["answer"]
+    return None
+
+
+def _parquet(path: Path, bad_document: BadDocument) -> Iterator[Document]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(path)
+        size = path.stat().st_size
+        with pyarrow.parquet.ParquetFile(path) as file:
+            _check_schema(path, file.schema_arrow)
+            number = 0
+            for batch in file.iter_batches(PARQUET_ROWS, columns=["text"]):
+                end = number + len(batch)
+                read = size * end // file.metadata.num_rows
+                for value in _strings(batch.column(0)):
+                    number += 1
+                    if isinstance(value, UnicodeDecodeError):
+                        bad_document(f"{path}: row {number} is not UTF-8 ({value})")
+                    elif value:
+                        yield Document(f"{path}:{number}", value, read=read)
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
-    if "text" not in file.schema_arrow.names:
-        raise UserError(f"{path}: no column 'text'; it has {', '.join(file.schema_arrow.names)}")
-    number = 0
-    for batch in file.iter_batches(columns=["text"]):
-        for value in batch.column(0).to_pylist():
-            number += 1
-            if value:
-                yield Document(f"{path}:{number}", value)
+        problem = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: not a readable parquet file ({problem})") from None
+
+
+def _check_schema(path: Path, schema: Any) -> None:
+    """Raise UserError unless there is a column `text` of strings."""
+    if "text" not in schema.names:
+        raise UserError(f"{path}: no column 'text'; it has {', '.join(schema.names)}")
+    kind = schema.field("text").type
+    if str(getattr(kind, "value_type", kind)) not in ("string", "large_string", "string_view", "null"):
+        raise UserError(f"{path}: column 'text' holds {kind}, not strings")
+
+
+def _strings(column: Any) -> list[str | None | UnicodeDecodeError]:
+    """Values of a column, which parquet does not promise to be UTF-8."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return [_string(value) for value in column]
+
+
+def _string(value: Any) -> str | None | UnicodeDecodeError:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError as error:
+        return error

@@ -58,6 +58,14 @@ class DataIndex(StrictModel):
     sources: dict[str, SourceInfo]
     splits: dict[str, SplitInfo]
 
+    def summary(self) -> str:
+        """A line per split: shards, and tokens by source."""
+        lines = []
+        for name, split in self.splits.items():
+            counts = ", ".join(f"{source} {tokens:,}" for source, tokens in split.sources.items())
+            lines.append(f"{name}: {len(split.shards)} shards, tokens: {counts}")
+        return "\n".join(lines)
+
 
 def read_index(directory: str | Path) -> DataIndex:
     """Read a prepared directory's index. Raises UserError when there is none or it is damaged."""

@@ -12,6 +12,7 @@ from megatron_jet.configs.files import hash_file
 from megatron_jet.data.index import ShardInfo
 
 SHARD_TOKENS = 1 << 24  # 32 or 64 MiB of tokens per shard
+TAR_RECORD, TAR_END = 10240, 1024  # a tar file is a multiple of the one long and ends with as many zeros as the other
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,11 @@ class Sample:
 
     tokens: np.ndarray
     mask: np.ndarray | None = None
+
+
+def shard_path(split: str, source: str, number: int) -> str:
+    """Of a shard in a data directory."""
+    return f"{split}/{source}-{number:06d}.tar"
 
 
 class ShardWriter:
@@ -47,7 +53,7 @@ class ShardWriter:
     def add(self, sample: Sample, name: str) -> None:
         """Append a sample; `name` says where it came from."""
         if self._writer is None:
-            self._path = f"{self.split}/{self.source}-{len(self.shards):06d}.tar"
+            self._path = shard_path(self.split, self.source, len(self.shards))
             # Fixed times and owners keep the file reproducible.
             self._writer = wds.TarWriter(str(self.directory / self._path), mtime=0, user="root", group="root")
             self._samples = self._tokens = 0
@@ -88,6 +94,19 @@ def check_shard(directory: Path, shard: ShardInfo) -> None:
         raise UserError(f"shard {path} is missing; prepare the data again")
     if hash_file(path) != shard.sha256:
         raise UserError(f"shard {path} is damaged: its checksum is not the one in index.json; prepare the data again")
+
+
+def check_shard_ends(directory: Path, shard: ShardInfo) -> None:
+    """Raise UserError that names the shard when it is missing or was cut short. Reads its last bytes only."""
+    path = directory / shard.path
+    if not path.is_file():
+        raise UserError(f"shard {path} is missing; prepare {directory} again")
+    size = path.stat().st_size
+    with open(path, "rb") as f:
+        f.seek(max(0, size - TAR_END))
+        ends = f.read() == bytes(TAR_END)
+    if not ends or size % TAR_RECORD:
+        raise UserError(f"shard {path} is cut short; prepare {directory} again")
 
 
 def read_shard(directory: Path, shard: ShardInfo) -> list[Sample]:
