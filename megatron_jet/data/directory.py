@@ -69,5 +69,9 @@ def _replace(out: Path, new: Path) -> None:
         return
     old = temporary_beside(out)
     out.rename(old)
-    new.rename(out)
+    try:
+        new.rename(out)
+    except BaseException:
+        old.rename(out)
+        raise
     shutil.rmtree(old, ignore_errors=True)
