@@ -12,7 +12,7 @@ from jet_launcher.processes import WorkerProcesses, worker_environment
 from jet_launcher.run_directory import RunDirectory
 
 # A run that selects nothing, so that stage 1 needs the placement only.
-STAGES = ("--stages", "placement,stage1", "stages=[prepare,placement,stage1]")
+STAGES = ("--stages", "placement,stage1", "stages=[prepare,placement,stage1]", "stage1.init=teacher")
 
 
 def run_arguments(teacher: Path, output: str = "runs/a", *more: str) -> tuple[str, ...]:
