@@ -20,6 +20,7 @@ EPILOG = """examples:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The command line: import, export and verify."""
     parser = argparse.ArgumentParser(
         prog="tools/convert.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -83,6 +84,7 @@ def stop_on_signals() -> None:
 
 
 def run_import(args: argparse.Namespace) -> int:
+    """`import`; returns the exit code."""
     from megatron_jet.convert.hf_import import import_hf
     from megatron_jet.convert.progress import ConversionProgress
 
@@ -94,6 +96,7 @@ def run_import(args: argparse.Namespace) -> int:
 
 
 def run_export(args: argparse.Namespace) -> int:
+    """`export`; returns the exit code."""
     from megatron_jet.convert.hf_export import export_hf
     from megatron_jet.convert.progress import ConversionProgress
 
@@ -114,6 +117,7 @@ def run_export(args: argparse.Namespace) -> int:
 
 
 def run_verify(args: argparse.Namespace) -> int:
+    """`verify`; returns the exit code: 1 when the models differ."""
     from megatron_jet.configs.training import ParallelConfig
     from megatron_jet.convert.verify.compare import first_different, verify
 
@@ -135,6 +139,7 @@ def run_verify(args: argparse.Namespace) -> int:
 
 
 def summary(model) -> str:
+    """How many layers a model has of each mixer: "4 jet, 2 attn"."""
     kinds = [entry.partition(":")[0] for entry in model.layer_plan]
     return ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
 

@@ -62,10 +62,12 @@ def _check_rope(rope: dict[str, Any], where: str) -> None:
 
 
 def is_integer(value: Any) -> bool:
+    """A whole number; in Python true and false are numbers, here they are not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_size(value: Any) -> bool:
+    """A whole number above 0."""
     return is_integer(value) and value > 0
 
 
@@ -85,6 +87,7 @@ def is_names(value: Any) -> bool:
 
 
 def is_windows(value: Any) -> bool:
+    """A list with a size, or null, per layer."""
     return isinstance(value, list) and all(item is None or is_size(item) for item in value)
 
 
