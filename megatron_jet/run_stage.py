@@ -49,7 +49,7 @@ def run_targets(run_dir: Path, config: RunConfig, targets: list[tuple[str, str |
     from megatron_jet.postnas.processes import world
     from megatron_jet.postnas.stage import StageContext
     from megatron_jet.postnas.stage_log import redirect_output
-    from megatron_jet.training.signals import Interrupted
+    from megatron_jet.configs.signals import Interrupted
 
     ctx = StageContext(run_dir, config)
     try:

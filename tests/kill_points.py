@@ -9,7 +9,7 @@ from megatron.core import parallel_state
 
 from megatron_jet.configs.overrides import load_yaml
 from megatron_jet.configs.run import RunConfig
-from megatron_jet.convert import output_directory
+from megatron_jet.configs import directories
 from megatron_jet.postnas import pipeline, scoring
 from megatron_jet.postnas.processes import rank
 from megatron_jet.postnas.stage import StageContext
@@ -68,6 +68,6 @@ def arm(kill: KillPoint) -> None:
     elif kill.where == "score":
         scoring.PlanScorer.score = die_before(scoring.PlanScorer.score)
     elif kill.where == "write":
-        output_directory.os.rename = die_before(os.rename)
+        directories.os.rename = die_before(os.rename)
     else:
         raise ValueError(kill.where)

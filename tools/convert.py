@@ -4,13 +4,13 @@
 import argparse
 import json
 import shlex
-import signal
 import sys
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / shelf) for shelf in (".", "kernels")]
 
 from megatron_jet.configs.command_line import run_tool  # noqa: E402
+from megatron_jet.configs.signals import stop_on_signals  # noqa: E402
 
 EPILOG = """examples:
   python tools/convert.py import models/Qwen2.5-1.5B checkpoints/teacher
@@ -69,18 +69,6 @@ def work(arguments: list[str] | None) -> int:
 
     transformers.utils.logging.disable_progress_bar()
     return {"import": run_import, "export": run_export, "verify": run_verify}[args.command](args)
-
-
-def stop(number: int, frame: object) -> None:
-    """A signal ends the command as Ctrl-C does, so that what is half-written is removed."""
-    raise KeyboardInterrupt
-
-
-def stop_on_signals() -> None:
-    """The two that end a process from outside: SIGTERM, and SIGHUP of a terminal that closes, unless under nohup."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, stop)
 
 
 def run_import(args: argparse.Namespace) -> int:

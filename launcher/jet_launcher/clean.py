@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from jet_launcher.lock import lock_holder
+from megatron_jet.configs.lock import lock_holder
 from jet_launcher.run_directory import RunDirectory
 from jet_launcher.stage_status import DONE, read_run
 from megatron_jet.configs.errors import UserError

@@ -13,7 +13,7 @@ from jet_launcher.clean import removable, remove, size_of
 from jet_launcher.cluster_launch import refuse_live_jobs
 from jet_launcher.exit_codes import DONE, FAILED
 from jet_launcher.local import ROOT
-from jet_launcher.lock import lock_holder
+from megatron_jet.configs.lock import lock_holder
 from jet_launcher.logs import show_log
 from jet_launcher.processes import worker_environment
 from jet_launcher.progress import describe, describe_end

@@ -13,7 +13,6 @@ from jet_launcher.cluster_launch import (
 from jet_launcher.exit_codes import DONE
 from jet_launcher.forecast import Forecast, check_disk, check_layout, forecast
 from jet_launcher.local import Outcome, run_local, shown_id
-from jet_launcher.lock import run_lock
 from jet_launcher.options import LaunchOptions, check_inputs, data_notes, inputs_problem
 from jet_launcher.processes import worker_command
 from jet_launcher.progress import make_display
@@ -24,7 +23,6 @@ from jet_launcher.run_directory import (
     check_directory,
     check_upstream_results,
     choose_stages,
-    describe_os_error,
     find_run,
     open_run,
     safe_name,
@@ -32,6 +30,7 @@ from jet_launcher.run_directory import (
 from jet_launcher.stage_status import read_run, run_state
 from jet_launcher.usage import usage_errors
 from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.files import describe_os_error
 from megatron_jet.configs.estimate_text import model_text, run_text
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.overrides import apply_overrides
@@ -90,7 +89,7 @@ def execute(
     # A program reads stdout under --json; people still see progress on stderr.
     stream = sys.stderr if options.as_json else sys.stdout
     try:
-        with run_lock(run.lock_file):
+        with run.locked():
             refuse_live_jobs(run)
             record_launch(run, config, stages)
             _announce(run, stages, expected, stream)

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import TextIO
 
-from jet_launcher.lock import lock_holder
+from megatron_jet.configs.lock import lock_holder
 from jet_launcher.run_directory import RunDirectory
 from jet_launcher.stage_status import PENDING, read_run
 from jet_launcher.usage import usage_errors

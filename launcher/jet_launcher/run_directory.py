@@ -1,7 +1,7 @@
 """A run directory: making one, continuing one, finding one by its ID."""
 
-import errno
 import re
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 from jet_launcher.usage import usage_errors
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import read_json, write_text
+from megatron_jet.configs.lock import exclusive
 from megatron_jet.configs.overrides import dump_yaml, load_yaml
 from megatron_jet.configs.run import RunConfig
 from megatron_jet.configs.stages import STAGE_ORDER
@@ -40,6 +41,10 @@ class RunDirectory:
     @property
     def lock_file(self) -> Path:
         return self.path / ".lock"
+
+    def locked(self) -> AbstractContextManager[int]:
+        """Hold this run's lock; `exclusive` says what it gives and raises."""
+        return exclusive(self.lock_file, f"wait for it, or `cancel {self.id}`")
 
     @property
     def log_file(self) -> Path:
@@ -103,13 +108,6 @@ def check_directory(config: RunConfig, run: RunDirectory) -> None:
 def safe_name(recipe: str) -> str:
     """A recipe's name as part of a directory's."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", recipe).strip("-.") or "run"
-
-
-def describe_os_error(error: OSError, path: Path) -> str:
-    """One line for a failed write."""
-    if error.errno == errno.ENOSPC:
-        return f"{path}: no space left on the disk; free some or give an --output on another one"
-    return f"{path}: cannot be written ({error.strerror or error})"
 
 
 def differing_keys(there: Any, here: Any, prefix: str = "") -> list[str]:

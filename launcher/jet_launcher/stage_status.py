@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jet_launcher.lock import LockHolder, lock_holder
+from megatron_jet.configs.lock import LockHolder, lock_holder
 from jet_launcher.run_directory import RunDirectory
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import read_json

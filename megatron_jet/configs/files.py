@@ -1,5 +1,6 @@
 """Reading and writing small JSON files so that a kill at any moment leaves either the old file or the new one."""
 
+import errno
 import hashlib
 import json
 import os
@@ -10,6 +11,13 @@ from typing import Any
 from megatron_jet.configs.errors import UserError
 
 SCHEMA_VERSION = 1
+
+
+def describe_os_error(error: OSError, path: Path) -> str:
+    """One line for a failed write."""
+    if error.errno == errno.ENOSPC:
+        return f"{path}: no space left on the disk; free some or give an --output on another one"
+    return f"{path}: cannot be written ({error.strerror or error})"
 
 
 def write_text(path: str | Path, text: str, mode: int = 0o666) -> None:
@@ -54,8 +62,23 @@ def read_json(path: str | Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+
+
+def read_json_object(path: str | Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object. Raises UserError as `read_json`, and when it holds anything else."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds {describe_json(content)}, not a JSON object")
+    return content
+
+
+def describe_json(value: Any) -> str:
+    """What a JSON value is, in words: "a list", "null"."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return {list: "a list", dict: "an object", str: "a text"}.get(type(value), "a number")
 
 
 def canonical_json(obj: Any) -> str:

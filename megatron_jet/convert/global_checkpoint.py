@@ -24,7 +24,7 @@ from torch.futures import Future
 
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import write_json
-from megatron_jet.convert.output_directory import interrupted, one_line, replaced_directory
+from megatron_jet.configs.directories import interrupted, one_line, replaced_directory
 from megatron_jet.convert.write_behind import write_behind
 
 COMPLETE_MARK = "metadata.json"  # Megatron's own; written last, so that a directory without it is unfinished

@@ -18,7 +18,7 @@ from megatron_jet.convert.hf_files import OutTensor, write_hf_tensors
 from megatron_jet.convert.hf_import import finite
 from megatron_jet.convert.hf_package import auto_map, write_modeling_code
 from megatron_jet.convert.model_card import model_card
-from megatron_jet.convert.output_directory import replaced_directory
+from megatron_jet.configs.directories import replaced_directory
 from megatron_jet.convert.outputs import check_output, not_an_export
 from megatron_jet.convert.progress import ConversionProgress
 from megatron_jet.convert.weights import split_row

@@ -12,7 +12,7 @@ from megatron_jet.postnas.catalog import stage_named
 from megatron_jet.postnas.processes import interruptible, on_main, rank
 from megatron_jet.postnas.stage import Stage, StageContext, clear_directory
 from megatron_jet.postnas.status import StageStatus
-from megatron_jet.training.signals import Interrupted
+from megatron_jet.configs.signals import Interrupted
 
 
 def run_stage(ctx: StageContext, name: str) -> StageResult:

@@ -14,7 +14,7 @@ from megatron_jet.training.distill import share_frozen_tensors
 from megatron_jet.training.freezing import freeze
 from megatron_jet.training.job import TrainJob
 from megatron_jet.training.metrics import memory_mib
-from megatron_jet.training.signals import StopRequest
+from megatron_jet.configs.signals import StopRequest
 from megatron_jet.training.train_state import Progress
 from megatron_jet.training.trainer import Trainer
 

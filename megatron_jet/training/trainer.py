@@ -22,7 +22,7 @@ from megatron_jet.training.job import TrainJob, TrainResult
 from megatron_jet.training.optimizer import Optimizer, wrap_data_parallel
 from megatron_jet.training.recorder import Observer, Recorder
 from megatron_jet.training.schedule import learning_rate
-from megatron_jet.training.signals import Interrupted, StopRequest
+from megatron_jet.configs.signals import Interrupted, StopRequest
 from megatron_jet.training.steps import named_terms, normalizer, run_microbatches, take_batches
 from megatron_jet.training.train_state import Progress
 

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 
 from convert.convert_cases import SCRIPT, check_one_line, convert, copy_oracle, edit_tensors, load_script, same, visible
 from megatron_jet.convert.global_checkpoint import GlobalCheckpoint
-from megatron_jet.convert.output_directory import replaced_directory
+from megatron_jet.configs.directories import replaced_directory
 
 NAN_NAME = "model.layers.2.mlp.up_proj.weight"
 
@@ -269,7 +269,7 @@ def test_a_failed_write_of_the_disk_is_reported(oracle, tmp_path, capsys, monkey
     def fails(handle: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("megatron_jet.convert.output_directory.os.fsync", fails)
+    monkeypatch.setattr("megatron_jet.configs.directories.os.fsync", fails)
     assert convert("import", oracle, tmp_path / "ckpt") == 1
     check_one_line(capsys, ["ckpt", "cannot be written (No space left on device)"])
     assert os.listdir(tmp_path) == ["hf"]
@@ -289,6 +289,6 @@ def test_every_file_has_reached_the_disk_before_the_directory_gets_its_name(orac
         rename(source, target)
 
     monkeypatch.setattr(os, "fsync", record)
-    monkeypatch.setattr("megatron_jet.convert.output_directory.os.rename", check)
+    monkeypatch.setattr("megatron_jet.configs.directories.os.rename", check)
     assert convert("import", oracle, tmp_path / "ckpt") == 0
     assert convert("export", tmp_path / "ckpt", tmp_path / "out") == 0

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fake_run import write_fake_run
-from jet_launcher.lock import lock_holder, run_lock
+from megatron_jet.configs.lock import exclusive, lock_holder
 from jet_launcher.logs import show_log
 from jet_launcher.progress import PlainDisplay, RichDisplay, describe, describe_end
 from jet_launcher.run_directory import RunDirectory, open_run
@@ -112,7 +112,7 @@ def test_following_a_log_goes_on_into_the_next_stage_and_ends_with_the_run(run, 
     set_status(run, "prepare", "done")
     (run.stage("prepare") / "log.txt").write_text("one\n")
     copy = (tmp_path / "copy").open("w")
-    with run_lock(run.lock_file):
+    with run.locked():
         follower = threading.Thread(target=show_log, args=(run, None, True, copy))
         follower.start()
         time.sleep(0.4)
@@ -174,12 +174,12 @@ def test_report_of_a_run_that_has_only_started(launcher):
 def test_lock_ends_with_its_holder(tmp_path):
     path = tmp_path / ".lock"
     assert lock_holder(path) is None
-    with run_lock(path):
+    with exclusive(path):
         assert lock_holder(path).pid == os.getpid()
-        with pytest.raises(UserError, match=f"process {os.getpid()}"), run_lock(path):
+        with pytest.raises(UserError, match=f"process {os.getpid()}"), exclusive(path):
             pass
     assert lock_holder(path) is None
-    with run_lock(path):
+    with exclusive(path):
         pass
 
 

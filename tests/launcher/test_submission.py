@@ -8,7 +8,7 @@ import pytest
 
 from jet_launcher.cli import main
 from jet_launcher.cluster_launch import cluster_of
-from jet_launcher.lock import run_lock
+from megatron_jet.configs.lock import exclusive
 from jet_launcher.run_directory import RunDirectory
 from jet_launcher.slurm.launch import Target
 from megatron_jet.configs.errors import UserError
@@ -73,7 +73,7 @@ def test_second_resume_does_not_even_look_into_the_queue(place, capsys):
     assert place.plain() == 0
     place.slurm.steer(silent="")
     for command in (["resume", "a"], ["resume", "a", "--cluster", "local"]):
-        with run_lock(place.run / ".lock"):
+        with exclusive(place.run / ".lock"):
             assert main(command) == 1
         assert f"process {os.getpid()} on" in capsys.readouterr().err
 
@@ -109,7 +109,7 @@ def test_lock_that_cannot_be_taken_is_one_line(place, capsys):
     assert place.plain() == 0
     (place.run / ".lock").unlink()
     (place.run / ".lock").mkdir()
-    with pytest.raises(UserError, match="cannot be written"), run_lock(place.run / ".lock"):
+    with pytest.raises(UserError, match="cannot be written"), exclusive(place.run / ".lock"):
         pass
     assert main(["resume", "a"]) == 1
     assert capsys.readouterr().err == "error: runs/a: cannot be written (Is a directory)\n"

@@ -13,7 +13,7 @@ from megatron_jet.configs.recipes.tiny import tiny
 from megatron_jet.configs.results import Measured, Scores, StageResult
 from megatron_jet.postnas import pipeline
 from megatron_jet.postnas.stage import StageContext, persisted, strip_measured
-from megatron_jet.training.signals import Interrupted
+from megatron_jet.configs.signals import Interrupted
 
 
 @dataclass

@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from megatron_jet.training.progress import TrainingProgress
-from megatron_jet.training.signals import SIGNALS, StopRequest
+from megatron_jet.configs.signals import SIGNALS, StopRequest
 
 
 @pytest.mark.parametrize("number", SIGNALS)

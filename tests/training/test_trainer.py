@@ -18,7 +18,7 @@ from megatron_jet.training import checkpoint_folder
 from megatron_jet.training.checkpoint import load_model
 from megatron_jet.training.job import TrainJob, TrainResult
 from megatron_jet.training.metrics import MetricsLog
-from megatron_jet.training.signals import Interrupted
+from megatron_jet.configs.signals import Interrupted
 from training.training_cases import ONE, built, job, run_job, supernet, write_models
 
 TP2, PP2 = ParallelConfig(tensor=2), ParallelConfig(pipeline=2)

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TextIO
 
 from jet_launcher.exit_codes import DONE, FAILED, INTERRUPTED
-from jet_launcher.lock import run_lock
 from jet_launcher.provenance import record_launch
-from jet_launcher.run_directory import RunDirectory, describe_os_error
+from jet_launcher.run_directory import RunDirectory
 from jet_launcher.slurm import state as slurm
 from jet_launcher.slurm.experiment import batch_scripts, submit
 from jet_launcher.slurm.graph import JobGraph, build_graph, graph_text
@@ -22,6 +21,7 @@ from jet_launcher.slurm.scripts import JobPlace, default_python, step_script
 from jet_launcher.slurm.taken import Submitted
 from megatron_jet.configs.cluster import ClusterConfig
 from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.files import describe_os_error
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.run import RunConfig
 
@@ -56,7 +56,7 @@ def submit_run(
     graph = build_graph(config, teacher, stages, target.cluster)
     try:
         # Held before anybody asks what is in the queue: two `resume` at once would both find the same jobs missing.
-        with run_lock(run.lock_file):
+        with run.locked():
             return _submit_missing(run, config, stages, graph, target, stream)
     except OSError as error:
         raise UserError(describe_os_error(error, run.path)) from None

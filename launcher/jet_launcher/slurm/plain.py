@@ -13,9 +13,8 @@ from pathlib import Path
 
 from jet_launcher.cluster_launch import load_target
 from jet_launcher.exit_codes import DONE, FAILED, INTERRUPTED, USAGE
-from jet_launcher.lock import run_lock
 from jet_launcher.options import check_inputs
-from jet_launcher.run_directory import RunDirectory, describe_os_error, find_run, open_run
+from jet_launcher.run_directory import RunDirectory, find_run, open_run
 from jet_launcher.signals import caught_signals
 from jet_launcher.slurm.experiment import check_path, check_sbatch, scheduler_environment
 from jet_launcher.slurm.graph import Job, JobGraph, build_graph
@@ -28,7 +27,7 @@ from jet_launcher.usage import UsageError, usage_errors
 from megatron_jet.configs.candidates import split_target
 from megatron_jet.configs.cluster import ClusterConfig
 from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.files import write_text
+from megatron_jet.configs.files import describe_os_error, write_text
 from megatron_jet.configs.overrides import apply_overrides
 from megatron_jet.configs.recipes.catalog import load_recipe
 from megatron_jet.configs.run import RunConfig
@@ -56,7 +55,7 @@ def submit_stage(cluster_name: str, run_dir: str, target: str, recipe: list[str]
     check_sbatch()
     graph, job = _job(config, target, chosen.cluster)
     try:
-        with run_lock(run.lock_file):
+        with run.locked():
             live = live_jobs(read_record(run)).get(job.name)
             if live is not None:
                 raise UserError(

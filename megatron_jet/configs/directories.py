@@ -1,4 +1,4 @@
-"""An output directory that is there whole or not at all."""
+"""An output directory that is there whole or not at all. The one place that makes them."""
 
 import glob
 import os
@@ -8,10 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import temporary_beside
+from megatron_jet.configs.signals import Interrupted
 
 OLD = ".old"  # ends the name of a directory that is being replaced
 SYNCED_AT_ONCE = 16
@@ -51,6 +50,8 @@ def replaced_directory(path: str | Path) -> Iterator[Path]:
         if old.exists() and not path.exists():
             os.rename(old, path)
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, KeyboardInterrupt | Interrupted):
+            raise
         if interrupted(error):
             raise KeyboardInterrupt from None
         problem = write_problem(error)
@@ -78,7 +79,7 @@ def _sync_one(path: Path) -> None:
 
 def interrupted(error: BaseException) -> bool:
     """Whether Ctrl-C or a signal is behind an error: torch's writer, left in the middle of a file, raises its own."""
-    return any(isinstance(cause, KeyboardInterrupt) for cause in _causes(error))
+    return any(isinstance(cause, KeyboardInterrupt | Interrupted) for cause in _causes(error))
 
 
 def write_problem(error: BaseException) -> str | None:
@@ -88,7 +89,8 @@ def write_problem(error: BaseException) -> str | None:
     for cause in _causes(error):
         if isinstance(cause, OSError):
             return cause.strerror or str(cause)
-    wrapped = isinstance(error, SafetensorError) or "inline_container" in str(error)
+    # SafetensorError has no place of its own to ask for errno; by name, since configs/ imports no safetensors.
+    wrapped = type(error).__name__ == "SafetensorError" or "inline_container" in str(error)
     return f"disk full? {one_line(error)}" if wrapped else None
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C ask the trainer to save and stop at the end of a step."""
+"""SIGTERM, SIGUSR1 and Ctrl-C: noted and acted on where it is safe, or turned into an exception that nobody swallows."""
 
 import signal
 import threading
@@ -8,8 +8,11 @@ EXIT_INTERRUPTED = 75
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
-class Interrupted(Exception):
-    """Training stopped on a signal after saving. Programs exit with status 75: worth requeueing."""
+class Interrupted(BaseException):
+    """Stopped on a signal, with nothing lost. Programs exit with status 75: worth requeueing.
+
+    No `Exception`: libraries and our own readers catch those and would report a damaged file instead.
+    """
 
 
 class StopRequest:
@@ -41,3 +44,17 @@ class StopRequest:
         if number == signal.SIGINT and self.requested:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
+
+
+def stop_on_signals() -> None:
+    """End this command on SIGTERM, and on SIGHUP of a terminal that closes, as on Ctrl-C: what is half-written goes.
+
+    A signal that is ignored stays so (`nohup`). Main thread only.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, stop)

@@ -1,4 +1,4 @@
-"""One launcher per run directory: an advisory lock that ends with the process that holds it."""
+"""One writer per directory: an advisory lock on a file, which ends with the process that holds it."""
 
 import contextlib
 import fcntl
@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from jet_launcher.run_directory import describe_os_error
 from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.files import describe_os_error
 
 
 @dataclass(frozen=True)
 class LockHolder:
-    """Who runs in a directory."""
+    """Who works in a directory."""
 
     pid: int
     host: str
@@ -24,11 +24,17 @@ class LockHolder:
 
 
 @contextlib.contextmanager
-def run_lock(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`.
+def exclusive(path: Path, advice: str = "wait for it to end") -> Iterator[int]:
+    """Hold the lock file `path`; it stays there afterwards, since a name that goes can be locked twice.
+
+    Args:
+        advice: what somebody who is refused can do.
+
+    Yields:
+        The file descriptor that holds the lock. A child that inherits it holds the lock as well.
 
     Raises:
-        UserError: another process holds it (named), or the directory cannot be written (somebody else's run).
+        UserError: another process holds it (named), or the directory cannot be written (somebody else's).
     """
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -40,12 +46,10 @@ def run_lock(path: Path) -> Iterator[None]:
         except BlockingIOError:
             holder = _read(path)
             who = f"process {holder.pid} on {holder.host}" if holder else "another process"
-            raise UserError(
-                f"{path.parent}: {who} is working in this run directory; wait for it, or `cancel {path.parent.name}`"
-            ) from None
+            raise UserError(f"{path.parent}: {who} is working in this directory; {advice}") from None
         os.ftruncate(handle, 0)
         os.write(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}).encode())
-        yield
+        yield handle
     finally:
         os.close(handle)
 
