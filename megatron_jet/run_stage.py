@@ -45,11 +45,11 @@ def run_targets(run_dir: Path, config: RunConfig, targets: list[tuple[str, str |
 
     cpu_backend.install()  # before anything imports Megatron
     check_kernels(config, [stage for stage, _ in targets])
+    from megatron_jet.configs.signals import Interrupted
     from megatron_jet.postnas.pipeline import run_candidate, run_stage
     from megatron_jet.postnas.processes import world
     from megatron_jet.postnas.stage import StageContext
     from megatron_jet.postnas.stage_log import redirect_output
-    from megatron_jet.configs.signals import Interrupted
 
     ctx = StageContext(run_dir, config)
     try:

@@ -4,11 +4,11 @@ import time
 from pathlib import Path
 from typing import TextIO
 
-from megatron_jet.configs.lock import lock_holder
 from jet_launcher.run_directory import RunDirectory
 from jet_launcher.stage_status import PENDING, read_run
 from jet_launcher.usage import usage_errors
 from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.lock import lock_holder
 
 POLL_SECONDS = 0.3
 

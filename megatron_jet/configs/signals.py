@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C: noted and acted on where it is safe, or turned into an exception that nobody swallows."""
+"""Stop signals: noted and acted on where it is safe, or turned into an exception that nobody swallows."""
 
 import signal
 import threading

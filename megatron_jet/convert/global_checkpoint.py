@@ -22,9 +22,9 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from megatron_jet.configs.directories import interrupted, one_line, replaced_directory
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import write_json
-from megatron_jet.configs.directories import interrupted, one_line, replaced_directory
 from megatron_jet.convert.write_behind import write_behind
 
 COMPLETE_MARK = "metadata.json"  # Megatron's own; written last, so that a directory without it is unfinished

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_jet.configs.directories import replaced_directory
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import read_json, write_text
 from megatron_jet.configs.hf_format import HYBRIDS, model_from_hf, model_to_hf
@@ -18,7 +19,6 @@ from megatron_jet.convert.hf_files import OutTensor, write_hf_tensors
 from megatron_jet.convert.hf_import import finite
 from megatron_jet.convert.hf_package import auto_map, write_modeling_code
 from megatron_jet.convert.model_card import model_card
-from megatron_jet.configs.directories import replaced_directory
 from megatron_jet.convert.outputs import check_output, not_an_export
 from megatron_jet.convert.progress import ConversionProgress
 from megatron_jet.convert.weights import split_row

@@ -8,11 +8,11 @@ from megatron_jet.configs.candidates import candidate_names
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import hash_json, read_json, write_json
 from megatron_jet.configs.results import CandidateResult, StageResult, result_type
+from megatron_jet.configs.signals import Interrupted
 from megatron_jet.postnas.catalog import stage_named
 from megatron_jet.postnas.processes import interruptible, on_main, rank
 from megatron_jet.postnas.stage import Stage, StageContext, clear_directory
 from megatron_jet.postnas.status import StageStatus
-from megatron_jet.configs.signals import Interrupted
 
 
 def run_stage(ctx: StageContext, name: str) -> StageResult:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_jet.training.collectives import COLLECTIVE_TIMEOUT
 from megatron_jet.configs.signals import SIGNALS, Interrupted
+from megatron_jet.training.collectives import COLLECTIVE_TIMEOUT
 
 # How long ranks wait for one that works alone: rank 0 times generation, converts a model, or checks files for all.
 PATIENCE = timedelta(hours=24)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.signals import Interrupted, StopRequest
 from megatron_jet.data.loader import DataLoader
 from megatron_jet.model.builder import build_model
 from megatron_jet.model.paths import idle_parameters, set_paths
@@ -22,7 +23,6 @@ from megatron_jet.training.job import TrainJob, TrainResult
 from megatron_jet.training.optimizer import Optimizer, wrap_data_parallel
 from megatron_jet.training.recorder import Observer, Recorder
 from megatron_jet.training.schedule import learning_rate
-from megatron_jet.configs.signals import Interrupted, StopRequest
 from megatron_jet.training.steps import named_terms, normalizer, run_microbatches, take_batches
 from megatron_jet.training.train_state import Progress
 

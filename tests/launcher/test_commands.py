@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from fake_run import write_fake_run
-from megatron_jet.configs.lock import exclusive, lock_holder
 from jet_launcher.logs import show_log
 from jet_launcher.progress import PlainDisplay, RichDisplay, describe, describe_end
 from jet_launcher.run_directory import RunDirectory, open_run
 from jet_launcher.stage_status import StageStatus, read_run, run_state
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import write_json
+from megatron_jet.configs.lock import exclusive, lock_holder
 from megatron_jet.configs.recipes.tiny import tiny
 from megatron_jet.configs.stages import STAGE_ORDER
 

@@ -8,10 +8,10 @@ import pytest
 
 from jet_launcher.cli import main
 from jet_launcher.cluster_launch import cluster_of
-from megatron_jet.configs.lock import exclusive
 from jet_launcher.run_directory import RunDirectory
 from jet_launcher.slurm.launch import Target
 from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.lock import exclusive
 
 
 def test_refused_third_job_takes_the_others_back_and_resume_goes_to_the_cluster_again(place):

@@ -11,9 +11,9 @@ from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import read_json, write_json
 from megatron_jet.configs.recipes.tiny import tiny
 from megatron_jet.configs.results import Measured, Scores, StageResult
+from megatron_jet.configs.signals import Interrupted
 from megatron_jet.postnas import pipeline
 from megatron_jet.postnas.stage import StageContext, persisted, strip_measured
-from megatron_jet.configs.signals import Interrupted
 
 
 @dataclass

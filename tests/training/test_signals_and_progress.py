@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
-from megatron_jet.training.progress import TrainingProgress
 from megatron_jet.configs.signals import SIGNALS, StopRequest
+from megatron_jet.training.progress import TrainingProgress
 
 
 @pytest.mark.parametrize("number", SIGNALS)
