@@ -20,40 +20,54 @@ def check_output(out: Path, inputs: Iterable[Path], force: bool) -> None:
         inputs: files and folders that are read.
         force: the user wants an earlier output replaced.
     """
-    if not out.resolve().name:
+    target = out.resolve()
+    if out.exists():
+        for path in inputs if force else ():
+            if path.resolve().is_relative_to(target):
+                raise UserError(f"{out}: the output would replace the input {path}; choose another output")
+    check_kind(out, force)
+    strangers = sorted(_files_of(target) - _own(target)) if out.exists() else []
+    if strangers:
+        raise UserError(_refusal(out, f"{strangers[0]} is in it"))
+
+
+def check_kind(out: Path, force: bool) -> None:
+    """The part of `check_output` that takes no time and needs no input: what `out` is, if it is there."""
+    target = out.resolve()
+    if not target.name:
         raise UserError(f"{out}: give a directory that can be made")
     if not out.exists():
         return
     if not force:
         raise UserError(f"{out} exists; remove it or give --force")
-    target = out.resolve()
-    for path in inputs:
-        if path.resolve().is_relative_to(target):
-            raise UserError(f"{out}: the output would replace the input {path}; choose another output")
-    why = _foreign(target)
-    if why:
-        raise UserError(f"{out} is not a prepared directory ({why}); --force replaces nothing else")
-
-
-def _foreign(out: Path) -> str | None:
-    """Why a path is nothing that was prepared here, or not that alone; None if it is, or is an empty folder."""
     if not out.is_dir():
-        return "it is a file"
-    found = []
+        raise UserError(_refusal(out, "it is a file"))
+    if any(target.iterdir()) and not (target / INDEX).is_file():
+        raise UserError(_refusal(out, f"it has no {INDEX}"))
+
+
+def _refusal(out: Path, why: str) -> str:
+    return f"{out} is not a prepared directory ({why}); --force replaces nothing else"
+
+
+def _files_of(out: Path) -> set[str]:
+    """All files and links in a folder, relative to it."""
+    found = set()
     for folder, folders, names in os.walk(out):
         links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
-        found += [os.path.relpath(os.path.join(folder, name), out) for name in (*names, *links)]
-    if not found:
-        return None
-    if INDEX not in found:
-        return f"it has no {INDEX}"
+        found.update(os.path.relpath(os.path.join(folder, name), out) for name in (*names, *links))
+    return found
+
+
+def _own(out: Path) -> set[str]:
+    """Files that preparing wrote, by the index. Raises UserError when that is no index of prepared data."""
+    if not any(out.iterdir()):
+        return set()
     try:
         index = read_index(out)
     except UserError as error:
-        return f"its {INDEX} is not one: {error}"
-    own = {INDEX, *(shard.path for split in index.splits.values() for shard in split.shards)}
-    strangers = sorted(set(found) - own)
-    return f"{strangers[0]} is in it" if strangers else None
+        raise UserError(_refusal(out, f"its {INDEX} is not one: {error}")) from None
+    return {INDEX, *(shard.path for split in index.splits.values() for shard in split.shards)}
 
 
 @contextlib.contextmanager

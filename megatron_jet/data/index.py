@@ -3,6 +3,7 @@
 A directory may come from anywhere, so every name, path and number in the file is checked when it is read.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
@@ -122,7 +123,7 @@ class DataIndex(StrictModel):
 def read_index(directory: str | Path) -> DataIndex:
     """Read a prepared directory's index. Raises UserError when there is none or it is damaged."""
     path = Path(directory) / "index.json"
-    if not path.is_file():
+    if not os.path.isfile(path):  # which an unreadable folder does not end with an error
         raise UserError(f"{directory}: no index.json there; make it with tools/prepare_data.py")
     index = DataIndex.parse(read_json_object(path), str(path))
     for problem in index.problems():

@@ -14,7 +14,7 @@ import numpy as np
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import hash_file, hash_json, write_json
 from megatron_jet.data.copies import Copies
-from megatron_jet.data.directory import check_output, directory_for
+from megatron_jet.data.directory import check_kind, check_output, directory_for
 from megatron_jet.data.documents import Document, read_documents, refuse
 from megatron_jet.data.encoder import Encoder
 from megatron_jet.data.index import LONGEST_SEQUENCE, SPLITS, DataIndex, SourceInfo
@@ -81,7 +81,7 @@ def prepare(
     Raises:
         UserError: bad input (named), an existing `out` that is not to be replaced, nothing to write.
     """
-    check_output(out, [], force)  # before folders of a million files are searched
+    check_kind(out, force)  # before folders of a million files are searched
     _check(request)
     files = find_inputs(list(request.inputs), say)
     inputs = [file.path for file in files]

@@ -7,7 +7,7 @@ import numpy as np
 
 from megatron_jet.data.index import ShardInfo
 from megatron_jet.data.shard_format import Sample
-from megatron_jet.data.shards import check_shard, read_shard
+from megatron_jet.data.shards import check_shard, check_tokens, read_shard
 
 
 class ShardReader:
@@ -64,7 +64,11 @@ class ShardReader:
         if shard.path not in self._checked:
             check_shard(self.directory, shard)
             self._checked.add(shard.path)
-        return read_shard(self.directory, shard, self.vocab_size)
+        samples = read_shard(self.directory, shard)
+        if self.vocab_size is not None:
+            for sample in samples:
+                check_tokens(sample.tokens, self.vocab_size, f"shard {self.directory / shard.path}")
+        return samples
 
     def _order(self, epoch: int, shard: int, count: int) -> np.ndarray:
         if self.seed is None:

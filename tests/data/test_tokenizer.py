@@ -96,7 +96,7 @@ def test_no_token_is_narrowed_to_another(tmp_path, vocab_size, token):
         writer.add(Sample(np.array([1, token, 2], np.int64)), "a.txt")
     writer.add(Sample(np.array([1, vocab_size - 1], np.int64)), "a.txt")
     writer.close()
-    (sample,) = read_shard(tmp_path, writer.shards[0], vocab_size)
+    (sample,) = read_shard(tmp_path, writer.shards[0])
     assert sample.tokens.tolist() == [1, vocab_size - 1]
 
 
