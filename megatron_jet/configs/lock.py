@@ -24,11 +24,12 @@ class LockHolder:
 
 
 @contextlib.contextmanager
-def exclusive(path: Path, advice: str = "wait for it to end") -> Iterator[int]:
+def exclusive(path: Path, advice: str = "wait for it to end", directory: Path | None = None) -> Iterator[int]:
     """Hold the lock file `path`; it stays there afterwards, since a name that goes can be locked twice.
 
     Args:
         advice: what somebody who is refused can do.
+        directory: that is locked; None: the one that the file is in.
 
     Yields:
         The file descriptor that holds the lock. A child that inherits it holds the lock as well.
@@ -46,7 +47,7 @@ def exclusive(path: Path, advice: str = "wait for it to end") -> Iterator[int]:
         except BlockingIOError:
             holder = _read(path)
             who = f"process {holder.pid} on {holder.host}" if holder else "another process"
-            raise UserError(f"{path.parent}: {who} is working in this directory; {advice}") from None
+            raise UserError(f"{directory or path.parent}: {who} is working in this directory; {advice}") from None
         os.ftruncate(handle, 0)
         os.write(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}).encode())
         yield handle
