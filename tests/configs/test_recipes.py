@@ -11,7 +11,7 @@ from megatron_jet.configs.layer_plan import hybrid_plan
 from megatron_jet.configs.mixers.jet_block import JetBlockConfig
 from megatron_jet.configs.overrides import apply_overrides, dump_yaml, load_yaml, parse_value
 from megatron_jet.configs.recipes.catalog import RECIPES, load_recipe
-from megatron_jet.configs.recipes.distill import jet_nemotron_2b_distill, jet_nemotron_4b_distill, known
+from megatron_jet.configs.recipes.distill import jet_nemotron_2b_distill, jet_nemotron_4b_distill
 from megatron_jet.configs.recipes.jet_nemotron import jet_nemotron_2b, jet_nemotron_4b
 from megatron_jet.configs.recipes.known_models import (
     jet_nemotron_2b_model,
@@ -96,14 +96,6 @@ def test_stage_1_continues_the_winner_or_trains_like_the_search(name):
         assert config.stage1.training.optimizer.lr <= search
     else:
         assert config.stage1.init == "teacher" and config.stage1.training.optimizer.lr == search
-
-
-def test_a_known_plan_leaves_a_stage_1_from_the_teacher_as_it_is():
-    config = tiny()
-    optimizer = config.stage1.training.optimizer.replace(lr=5e-4)
-    training = config.stage1.training.replace(optimizer=optimizer)
-    own = config.replace(stage1=config.stage1.replace(init="teacher", training=training))
-    assert known(own, ("jet",) * 8, recipe="own").stage1 == own.stage1
 
 
 @pytest.mark.parametrize("build", [jet_nemotron_2b_distill, jet_nemotron_4b_distill])

@@ -233,7 +233,8 @@ def test_analytic_throughput_and_no_comparison_training(tmp_path):
     report = collect(path)
     page = render(report)
     assert report["comparison"]["measured"]["generation_tokens_per_second"] == {}
-    assert "by formula, one H100" in page and "straight from the supernet after 120 steps" in page
+    assert "(analytic)" in page and "by formula on one H100" in page
+    assert "straight from the supernet after 120 steps" in page
     assert "tokens/s as timed on this device" not in page.partition('<section id="sizes">')[2]
     assert not any(row["name"] == "generation speed" for row in report["measured"]["findings"])
 

@@ -15,7 +15,7 @@ from megatron_jet.configs.stages import SEARCH_STAGES
 
 def tiny_distill() -> RunConfig:
     """Recipe `tiny_distill`: the placement that the quickstart found, with JetBlock, in about three minutes."""
-    config = tiny()
+    config = from_teacher(tiny())
     plan = hybrid_plan(8, "jet", full=(2, 4), windows={0: 32})
     # The search's winner has had its training when stage 1 begins; here the linear layers start from nothing.
     training = config.stage1.training.replace(steps=160)
@@ -34,22 +34,24 @@ def jet_nemotron_4b_distill() -> RunConfig:
 
 def _published(config: RunConfig, model: ModelConfig, *, recipe: str) -> RunConfig:
     """With the sizes of the published block, too, which the search would have ended with."""
-    return known(config.replace(mixers={**config.mixers, **model.mixers}), model.layer_plan, recipe=recipe)
+    sized = from_teacher(config.replace(mixers={**config.mixers, **model.mixers}))
+    return known(sized, model.layer_plan, recipe=recipe)
 
 
 def known(config: RunConfig, plan: LayerPlan, *, recipe: str) -> RunConfig:
     """The part of a recipe that follows the search, for a student with this layer plan.
 
-    A stage 1 that would continue the search's winner begins with the teacher's weights, at the search's learning rate:
-    its linear layers have had no training yet.
-
     Raises:
-        UserError: a bad plan entry, or one whose mixer the recipe has no sizes for.
+        UserError: a bad plan entry, one whose mixer the recipe has no sizes for, or a stage 1 that continues a search
+            (`from_teacher` changes that).
     """
     stages = tuple(stage for stage in config.stages if stage not in SEARCH_STAGES)
-    stage1 = config.stage1
-    if stage1.init == "search":
-        rate = config.hardware_search.training.optimizer.lr
-        optimizer = stage1.training.optimizer.replace(lr=rate)
-        stage1 = stage1.replace(init="teacher", training=stage1.training.replace(optimizer=optimizer))
-    return config.replace(recipe=recipe, stages=stages, student_plan=plan, stage1=stage1)
+    return config.replace(recipe=recipe, stages=stages, student_plan=plan)
+
+
+def from_teacher(config: RunConfig) -> RunConfig:
+    """With a stage 1 that begins with the teacher's weights instead of the search's winner, and at the learning rate
+    of the search: its linear layers have had no training yet."""
+    optimizer = config.stage1.training.optimizer.replace(lr=config.hardware_search.training.optimizer.lr)
+    training = config.stage1.training.replace(optimizer=optimizer)
+    return config.replace(stage1=config.stage1.replace(init="teacher", training=training))

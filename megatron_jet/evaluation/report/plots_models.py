@@ -102,8 +102,9 @@ def pareto(selection: dict[str, Any], name: str) -> str:
         axes.margins(0.12, 0.2)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        source = "timed here" if selection["throughput_mode"] == "measured" else "by formula, one H100"
-        axes.set_xlabel(f"generation, tokens/s at {context_text(int(selection['context']))} ({source})")
+        axes.set_xlabel(
+            f"generation, tokens/s at {context_text(int(selection['context']))} ({selection['throughput_mode']})"
+        )
         axes.set_ylabel("mean accuracy, search split")
         return to_svg(made, name)
 
