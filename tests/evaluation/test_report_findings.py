@@ -142,7 +142,9 @@ def test_every_figure_comes_with_how_long_its_model_was_trained(report):
     }.items():
         assert length in said.pop(name), name
     assert said == {}
-    here = learned_placement(report)["here"]
+    row = learned_placement(report)
+    here = row["here"]
+    assert row["paper"].endswith("tested here: whether it learns faster."), "what the verdict is about"
     assert "how fast a placement learns, not where longer training ends" in here
 
 

@@ -19,6 +19,8 @@ from megatron_jet.evaluation.report.finding import (
 )
 
 Row = dict[str, Any]  # of placement["comparison"]
+# What of the paper's sentence a verdict is about. A short training says nothing about the end of a long one.
+HERE_TESTED = {"after": "tested here: whether it learns faster", "before": "tested here: without training of its own"}
 
 
 def learned_placement(report: Report) -> Finding | None:
@@ -42,7 +44,7 @@ def learned_placement(report: Report) -> Finding | None:
     lead = learned[when]["accuracy"][task] - rival[when]["accuracy"][task]
     return finding(
         "learned placement",
-        "Learned placement of full attention beats uniform placement (figure 5b).",
+        f"Learned placement of full attention beats uniform placement (figure 5b); {HERE_TESTED[when]}.",
         " ".join(_comparison_sentences(report, rows, when, uniform, rival)),
         judge(lead, error),
         f"Few layers leave few placements, and a uniform one can hit the right layers. {resolution(error)}",
