@@ -14,6 +14,7 @@
 postnas_attempts="$POSTNAS_RUN_DIR/cluster/attempts/$POSTNAS_JOB.log"
 postnas_idle_limit=10   # interruptions in a row without progress: time limit shorter than start-up, endless preemption
 postnas_guard_seconds=20
+postnas_guard_look=5
 postnas_guard=
 postnas_phase=start
 
@@ -66,7 +67,8 @@ postnas_requeue() {
 
 postnas_finish() {
     local code=$1 words crashed idle
-    [ -n "$postnas_guard" ] && kill "$postnas_guard" 2>/dev/null
+    # SIGTERM is not enough: a shell that gets it just before it waits in `read` looks at it when the read is over only.
+    [ -n "$postnas_guard" ] && kill -KILL "$postnas_guard" 2>/dev/null
     [ "$postnas_phase" = run ] || exit "$code"   # start-up or preflight noted its own end
     case $code in
         0) postnas_note end 0 "done"; postnas_say "done"; exit 0 ;;
@@ -93,20 +95,30 @@ postnas_give_up() {
     exit "$1"
 }
 
+postnas_guard_acts() {
+    postnas_say "the time limit is $postnas_guard_seconds seconds away; queueing again"
+    postnas_requeue
+}
+
 # Reaching the time limit would end the job for good. Early warning comes well before; this is for workers that missed it.
 postnas_watch_clock() {
-    local end left
+    local end left parent
     end=$(scontrol show job --oneliner "$SLURM_JOB_ID" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p')
     left=$(($(date -d "$end" +%s) - $(date +%s) - postnas_guard_seconds)) || return 0
     [ "$left" -gt 0 ] || return 0
     (
-        # A read that never gets anything sleeps without a process that could be left behind.
+        # A read that never gets anything sleeps without a process that could be left behind. Nothing ends a guard whose
+        # script was killed, so it looks itself, and never queues a job again that goes on without that script.
         exec {never}<> <(:)
-        read -r -t "$left" -u "$never"
-        postnas_say "the time limit is $postnas_guard_seconds seconds away; queueing again"
-        postnas_requeue
+        end=$(($(date +%s) + left))
+        while read -r _ _ _ parent _ < "/proc/$BASHPID/stat" && [ "$parent" = $$ ]; do
+            left=$((end - $(printf '%(%s)T' -1)))
+            [ "$left" -gt 0 ] || { postnas_guard_acts; break; }
+            read -r -t $((left < postnas_guard_look ? left : postnas_guard_look)) -u "$never"
+        done
     ) &
     postnas_guard=$!
+    disown "$postnas_guard"   # whoever kills it later gets no line about that
 }
 
 # The head node's address as Slurm knows it; `hostname -i` may name an interface that other nodes cannot reach.

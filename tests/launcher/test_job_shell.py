@@ -80,6 +80,17 @@ def slurm(tmp_path):
         def requeued(self) -> bool:
             return "requeue 7" in self.calls_file.read_text()
 
+        def processes(self) -> list[str]:
+            """Command lines of what an attempt has left running."""
+            left = []
+            for entry in Path("/proc").glob("[0-9]*"):
+                try:
+                    if f"FAKE={tmp_path}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                        left.append((entry / "cmdline").read_text())
+                except OSError:
+                    continue
+            return left
+
         @property
         def calls(self) -> str:
             return self.calls_file.read_text()
@@ -182,17 +193,31 @@ def test_another_submission_starts_counting_anew(slurm):
     assert "requeue 8" in slurm.calls
 
 
-def test_clock_guard_leaves_no_process_behind(slurm):
-    slurm.attempt(0, 0)
-    marker = f"FAKE={slurm.state_file.parent}".encode()
-    left = []
-    for entry in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if marker in entry.read_bytes().split(b"\0"):
-                left.append(entry.parent.name)
-        except OSError:
-            continue
-    assert not left
+# A SIGTERM that comes just before a shell waits in `read` is as good as lost until the read is over.
+DEAF = 'read() { if [ "$2" = -t ]; then trap "" TERM; fi; builtin read "$@"; }\n'
+SOON = "postnas_guard_seconds=3598 postnas_guard_look=1\npostnas_begin"  # the fake's time limit is an hour away
+
+
+@pytest.mark.parametrize("before", ["", DEAF], ids=["", "deaf"])
+@pytest.mark.parametrize("code", [0, 75])
+def test_clock_guard_leaves_no_process_behind(slurm, before, code):
+    assert slurm.attempt(0, code, script=before + JOB).stderr == "", "nothing about a process that was killed"
+    assert slurm.processes() == []
+
+
+def test_clock_guard_of_a_script_that_was_killed_queues_nothing_and_leaves(slurm):
+    script = JOB.replace("postnas_begin", SOON).replace("(exit ${CODE:-0})", "kill -KILL $$")
+    assert slurm.attempt(0, 0, script=script).returncode == -9
+    assert not slurm.requeued
+    assert slurm.processes() == []
+
+
+def test_clock_guard_queues_a_job_again_that_missed_the_warning(slurm):
+    late = 'until grep -q PENDING "$FAKE/state"; do sleep 0.1; done; (exit 143)'
+    done = slurm.attempt(0, 0, script=JOB.replace("postnas_begin", SOON).replace("(exit ${CODE:-0})", late))
+    assert done.returncode == 143
+    assert slurm.calls.count("requeue 7") == 1
+    assert "the time limit is 3598 seconds away; queueing again" in done.stdout
 
 
 def preflight(*marks: str) -> str:
