@@ -110,7 +110,7 @@ def live_jobs(record: ClusterRecord | None) -> dict[str, str]:
     """IDs of this run's jobs that wait or run, by name. Raises NoAnswer when squeue fails."""
     if record is None:
         return {}
-    states = slurm.query_jobs(record.all_job_ids)
+    states = slurm.query_jobs(record.all_job_ids, record.since)
     rows = [row for submission in record.submissions for row in submission["jobs"]]
     return {row["job"]["name"]: row["job_id"] for row in rows if states[row["job_id"]].live}
 

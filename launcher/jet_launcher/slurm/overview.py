@@ -6,6 +6,7 @@ from typing import Any
 
 from jet_launcher.progress import describe
 from jet_launcher.run_directory import RunDirectory
+from jet_launcher.slurm.ask import number_of
 from jet_launcher.slurm.graph import Job
 from jet_launcher.slurm.record import ClusterRecord
 from jet_launcher.slurm.state import (
@@ -46,12 +47,14 @@ class Attempt:
     Attributes:
         restart: how often the job had been queued again by then.
         text: nodes for a start, else exit code and reason.
+        time: Unix seconds.
     """
 
     event: str
     job_id: str
     restart: int
     text: str
+    time: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def finished(run: RunDirectory, job: Job) -> bool:
 
 def job_views(run: RunDirectory, record: ClusterRecord) -> list[JobView]:
     """Every job of the run, with one call of squeue and one of sacct. Raises NoAnswer when squeue fails."""
-    return _views(run, record, query_jobs(record.all_job_ids))
+    return _views(run, record, query_jobs(record.all_job_ids, record.since))
 
 
 def shown_views(run: RunDirectory, record: ClusterRecord) -> tuple[list[JobView], str]:
@@ -148,7 +151,12 @@ def read_attempts(run: RunDirectory, name: str, job_id: str) -> list[Attempt]:
     if not path.is_file():
         return []
     rows = (line.split(maxsplit=5) for line in path.read_text(errors="replace").splitlines())
-    return [Attempt(r[1], r[2], int(r[3]), r[5] if len(r) > 5 else "") for r in rows if len(r) > 4 and r[2] == job_id]
+    number = number_of(job_id)
+    return [
+        Attempt(r[1], r[2], int(r[3]), r[5] if len(r) > 5 else "", float(r[0]))
+        for r in rows
+        if len(r) > 4 and r[2] == number and r[0].isdigit() and r[3].isdigit()  # a full disk cuts lines
+    ]
 
 
 def _view(run: RunDirectory, job: Job, slurm: SlurmJob, attempts: list[Attempt], spent: float | None) -> JobView:

@@ -16,7 +16,8 @@ from jet_launcher.exit_codes import DONE, FAILED, INTERRUPTED, USAGE
 from jet_launcher.options import check_inputs
 from jet_launcher.run_directory import RunDirectory, find_run, open_run
 from jet_launcher.signals import caught_signals
-from jet_launcher.slurm.experiment import check_path, check_sbatch, scheduler_environment
+from jet_launcher.slurm.ask import no_id, number_of, scheduler_environment, submitted_id
+from jet_launcher.slurm.experiment import check_path, check_sbatch
 from jet_launcher.slurm.graph import Job, JobGraph, build_graph
 from jet_launcher.slurm.launch import ROOT, Target, job_place, live_jobs, warn_stuck
 from jet_launcher.slurm.package import ship_code
@@ -68,12 +69,13 @@ def submit_stage(cluster_name: str, run_dir: str, target: str, recipe: list[str]
             write_text(prelude, setup_lines(job, chosen.cluster, place) + "\n")
             command = [*_options(run, job, chosen.cluster, place), *extra]
             log = SubmissionLog(run, chosen.name, chosen.cluster, graph, place, code)
-            return _sbatch([*command, str(ROOT / "slurm" / "postnas.sbatch"), "--in-job", str(prelude)], job, log)
+            command += [str(ROOT / "slurm" / "postnas.sbatch"), "--in-job", str(prelude)]
+            return _sbatch(command, job, log, chosen.cluster.clusters or "")
     except OSError as error:
         raise UserError(describe_os_error(error, run.path)) from None
 
 
-def _sbatch(arguments: list[str], job: Job, log: SubmissionLog) -> str:
+def _sbatch(arguments: list[str], job: Job, log: SubmissionLog, cluster: str) -> str:
     """Submit and record. Returns the job ID."""
     with caught_signals() as interrupts, scheduler_environment():
         taken = Taken(None, None, log.keep, interrupts)
@@ -83,14 +85,18 @@ def _sbatch(arguments: list[str], job: Job, log: SubmissionLog) -> str:
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:
                     raise UserError(" ".join(done.stderr.split()) or f"sbatch ended with {done.returncode}")
-                add(job.name, done.stdout.strip().partition(";")[0])
+                job_id = submitted_id(done.stdout)
+                if job_id is None:
+                    raise UserError(no_id(done.stdout))
+                add(job.name, job_id)
             taken.check()
         except BaseException as error:
-            left = taken.take_back()
+            own = arguments[-1]  # the prelude: of this run and job alone
+            left = taken.take_back(lambda command: command.split()[-1:] == [own], cluster)
             kind = Interrupted if isinstance(error, Interrupted) else UserError
             raise kind(f"submission failed: {error}; {left}") from None
     warn_stuck(taken.submitted)
-    return taken.submitted.job_ids[job.name]
+    return number_of(taken.submitted.job_ids[job.name])
 
 
 def _run(run_dir: str, recipe: list[str]) -> tuple[RunDirectory, RunConfig]:

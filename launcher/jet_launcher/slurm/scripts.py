@@ -65,6 +65,7 @@ def sbatch_options(job: Job, cluster: ClusterConfig) -> dict[str, str | int | bo
     """sbatch's long options without `--`; True stands for an option without a value."""
     options: dict[str, str | int | bool | None] = {
         "account": cluster.account,
+        "clusters": cluster.clusters,
         "partition": cluster.partition,
         "qos": cluster.qos,
         "reservation": cluster.reservation,
@@ -81,10 +82,11 @@ def sbatch_options(job: Job, cluster: ClusterConfig) -> dict[str, str | int | bo
         # Without it, dependents of a failed job wait for ever.
         "kill-on-invalid-dep": "yes",
     }
+    wanted = f"{cluster.gpu_type}:{job.gpus}" if cluster.gpu_type else job.gpus
     if job.gpus and cluster.gpu_request == "gpus-per-node":
-        options["gpus-per-node"] = job.gpus
+        options["gpus-per-node"] = wanted
     elif job.gpus and cluster.gpu_request == "gres":
-        options["gres"] = f"gpu:{job.gpus}"
+        options["gres"] = f"gpu:{wanted}"
     return {key: value for key, value in {**options, **cluster.sbatch}.items() if value is not None}
 
 
@@ -172,6 +174,7 @@ def setup_lines(job: Job, cluster: ClusterConfig, place: JobPlace) -> str:
             f"postnas_srun=({' '.join(map(quote, steps))})",
             f"postnas_sbatch=({' '.join(map(quote, sbatch_words(options)))})",
             'source "$POSTNAS_CODE/slurm/job.sh"',
+            "postnas_enter",
             *(f"postnas_load_module {quote(module)}" for module in cluster.modules),
             *_shell_code(cluster.setup),
             "postnas_begin",
@@ -182,7 +185,8 @@ def setup_lines(job: Job, cluster: ClusterConfig, place: JobPlace) -> str:
 def step_script(job: Job, cluster: ClusterConfig, place: JobPlace) -> str:
     """The script of every process. It repeats the variables: a container may have started with others."""
     source = 'source "$POSTNAS_CODE/slurm/step.sh"'
-    return "\n".join(["#!/bin/bash", *_variables(job, cluster, place), *cluster.setup, source, ""])
+    # The early warning may come while the set-up lines are at work, and kills who does not ignore it.
+    return "\n".join(["#!/bin/bash", f"trap '' {EARLY_WARNING_SIGNAL}", *_variables(job, cluster, place), *cluster.setup, source, ""])
 
 
 def quote(value: str) -> str:
