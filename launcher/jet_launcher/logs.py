@@ -28,6 +28,8 @@ def log_path(run: RunDirectory, stage: str | None) -> Path:
             raise UserError(f"{stage} of {run.id} has no log yet ({path})")
         return path
     started = [s for s in read_run(run) if s.state != PENDING and (run.stage(s.stage) / "log.txt").is_file()]
+    # A full disk lets logs begin and takes no line.
+    started = [s for s in started if (run.stage(s.stage) / "log.txt").stat().st_size] or started
     if started:
         latest = max(started, key=lambda status: status.updated or 0.0)
         return run.stage(latest.stage) / "log.txt"

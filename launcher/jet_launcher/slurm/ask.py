@@ -121,6 +121,12 @@ def shell_words(name: str, job_ids: Iterable[str]) -> str:
     )
 
 
+def release_words(job_id: str) -> str:
+    """What to type to let a held job go."""
+    cluster = cluster_of_job(job_id)
+    return f"`scontrol {f'-M {cluster} ' if cluster else ''}release {number_of(job_id)}`"
+
+
 def is_number(text: str) -> bool:
     """Whether this is a job's number: other lines of an answer are not about jobs."""
     return _NUMBER.fullmatch(text) is not None

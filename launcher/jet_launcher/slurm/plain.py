@@ -19,10 +19,10 @@ from jet_launcher.signals import caught_signals
 from jet_launcher.slurm.ask import no_id, number_of, scheduler_environment, submitted_id
 from jet_launcher.slurm.experiment import check_path, check_sbatch
 from jet_launcher.slurm.graph import Job, JobGraph, build_graph
-from jet_launcher.slurm.launch import ROOT, Target, job_place, live_jobs, warn_stuck
+from jet_launcher.slurm.launch import ROOT, Target, job_place, live_jobs, node_path, warn_stuck
 from jet_launcher.slurm.package import ship_code
 from jet_launcher.slurm.record import SubmissionLog, read_record
-from jet_launcher.slurm.scripts import JobPlace, sbatch_options, setup_lines, write_scripts
+from jet_launcher.slurm.scripts import JobPlace, check_mounts, sbatch_options, setup_lines, write_scripts
 from jet_launcher.slurm.taken import Interrupted, Taken
 from jet_launcher.usage import UsageError, usage_errors
 from megatron_jet.configs.candidates import split_target
@@ -52,9 +52,10 @@ def submit_stage(cluster_name: str, run_dir: str, target: str, recipe: list[str]
     if not isinstance(chosen, Target):
         raise UsageError(f"cluster '{cluster_name}' does not run sbatch here; give one with Slurm and a local tunnel")
     run, config = _run(run_dir, recipe)
-    check_path("run directory", run.path.resolve())
+    check_path("run directory", node_path(run))
     check_sbatch()
     graph, job = _job(config, target, chosen.cluster)
+    check_mounts(config, chosen.cluster)
     try:
         with run.locked():
             live = live_jobs(read_record(run)).get(job.name)
@@ -62,7 +63,7 @@ def submit_stage(cluster_name: str, run_dir: str, target: str, recipe: list[str]
                 raise UserError(
                     f"{run.id}: {job.name} is in the queue or running (job {live}); `cancel {run.id}` first"
                 )
-            code = ship_code(ROOT, run.path.resolve())
+            code = ship_code(ROOT, node_path(run))
             place = job_place(run, chosen.cluster, code.path)
             prelude = place.cluster_dir / "plain" / f"{job.name}.sh"
             write_scripts([job], chosen.cluster, place)

@@ -164,7 +164,7 @@ class SubmissionLog:
             provenance["launches"][-1]["cluster"] = {
                 "name": self._name,
                 "experiment": submitted.experiment,
-                "code": str(self._place.code.relative_to(self._run.path.resolve())),
+                "code": str(self._place.code.relative_to(self._place.run_dir)),
                 "code_sha256": self._code.digest,
                 "jobs": submitted.job_ids,
             }

@@ -15,6 +15,7 @@ from jet_launcher.slurm.graph import Job
 from megatron_jet.configs.cluster import ClusterConfig
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import write_text
+from megatron_jet.configs.run import RunConfig
 
 EARLY_WARNING_SIGNAL = "USR1"
 # After the first process of a step ends, the others may take this long to save and leave.
@@ -123,6 +124,31 @@ def container_mounts(cluster: ClusterConfig, place: JobPlace) -> list[str]:
     return [*cluster.container.mounts, *(f"{path}:{path}" for path in sorted(own))]
 
 
+def check_mounts(config: RunConfig, cluster: ClusterConfig) -> None:
+    """Raise UserError when a container does not see what a run reads: no mount shows it at its own path."""
+    if cluster.container is None:
+        return
+    shown = [
+        Path(source) for source, target, *_ in (m.split(":") for m in cluster.container.mounts) if source == target
+    ]
+    inputs = {
+        "teacher.path": config.teacher.path,
+        "teacher.tokenizer": config.teacher.tokenizer,
+        "data.path": config.data.path,
+    }
+    for key, text in inputs.items():
+        if text is None or text.startswith("bundled"):
+            continue
+        path = Path(text).expanduser().absolute()
+        for place in dict.fromkeys((path, path.resolve())):
+            if not any(place.is_relative_to(mount) for mount in shown):
+                where = "" if place == path else f" leads to {place}, which"
+                raise UserError(
+                    f"{key}={text}:{where or ' this'} is under no mount of the container; "
+                    f"add {place.parent}:{place.parent} to container.mounts in the cluster file"
+                )
+
+
 def job_variables(job: Job, cluster: ClusterConfig, place: JobPlace) -> dict[str, str]:
     """What slurm/job.sh and slurm/step.sh need to know."""
     preflight = cluster.preflight
@@ -186,7 +212,9 @@ def step_script(job: Job, cluster: ClusterConfig, place: JobPlace) -> str:
     """The script of every process. It repeats the variables: a container may have started with others."""
     source = 'source "$POSTNAS_CODE/slurm/step.sh"'
     # The early warning may come while the set-up lines are at work, and kills who does not ignore it.
-    return "\n".join(["#!/bin/bash", f"trap '' {EARLY_WARNING_SIGNAL}", *_variables(job, cluster, place), *cluster.setup, source, ""])
+    return "\n".join(
+        ["#!/bin/bash", f"trap '' {EARLY_WARNING_SIGNAL}", *_variables(job, cluster, place), *cluster.setup, source, ""]
+    )
 
 
 def quote(value: str) -> str:
