@@ -73,8 +73,8 @@ def check_gpus() -> None:
     """Raise UserError where a job was given GPUs (POSTNAS_GPUS) that torch does not see: it would train on the CPU."""
     import torch
 
-    asked = int(os.environ.get("POSTNAS_GPUS") or 0)
-    problem = gpu_problem(asked, torch.cuda.device_count(), torch.__version__) if asked else None
+    asked = os.environ.get("POSTNAS_GPUS", "")
+    problem = gpu_problem(int(asked), torch.cuda.device_count(), torch.__version__) if asked.isdecimal() else None
     if problem:
         raise UserError(problem)
 
