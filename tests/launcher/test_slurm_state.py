@@ -68,7 +68,7 @@ def views_of(tmp_path, monkeypatch):
     run = RunDirectory(tmp_path)
 
     def views(*slurm: SlurmJob):
-        monkeypatch.setattr(overview, "query_jobs", lambda ids: {job.job_id: job for job in slurm})
+        monkeypatch.setattr(overview, "query_jobs", lambda ids, since=None: {job.job_id: job for job in slurm})
         return job_views(run, record)
 
     views.path = tmp_path
@@ -156,7 +156,7 @@ def test_later_submission_replaces_a_job_and_its_hours_add_up(tmp_path, monkeypa
     record = ClusterRecord("c", ClusterConfig(), [{"experiment": "e_1", "nemorun_home": "/h", "jobs": r} for r in rows])
     assert [(entry.job.name, entry.job_id) for entry in record.jobs] == [("stage1", "5")]
     said = {i: SlurmJob(i, "done", node_seconds=1800.0) for i in ("1", "5")}
-    monkeypatch.setattr(overview, "query_jobs", lambda ids: said)
+    monkeypatch.setattr(overview, "query_jobs", lambda ids, since=None: said)
     assert job_views(RunDirectory(tmp_path), record)[0].gpu_hours == 8.0
 
 
