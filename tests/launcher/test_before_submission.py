@@ -53,7 +53,7 @@ def test_disk_of_a_run_that_has_begun_counts_what_is_there(tmp_path, monkeypatch
     (run.stage("prepare") / "result.json").write_text("{}")
     monkeypatch.setattr("jet_launcher.forecast.free_bytes", lambda path: 1000)
     check_space(4000, run)
-    with pytest.raises(UserError, match=r"needs up to 1.0 KiB more but the disk has 1,?000.* free; free some there"):
+    with pytest.raises(UserError, match=r"needs up to 1025 B more but the disk has 1000 B free; free some there"):
         check_space(4001 + 24, run)
     with pytest.raises(UserError, match="give an --output on another one"):
         check_space(4001, RunDirectory(tmp_path / "new"))

@@ -180,3 +180,19 @@ def test_jobs_of_two_clusters_are_asked_for_and_cancelled_where_they_are(place):
     state.cancel_jobs(["12;east", "11;east", "11"])
     assert place.slurm.said("cancelled") == "--clusters=east 12 11\n11\n"
     assert shell_words("scancel", ["12;east", "11;east", "9"]) == "scancel -M east 12 11; scancel 9"
+
+
+def test_jobs_wait_for_the_number_of_one_that_is_in_the_queue(place, monkeypatch):
+    """sbatch knows no `;cluster` there, and a shell ends the command at it."""
+    place.slurm.steer(says="ID;gpu")
+    assert place.plain("prepare") == 0
+    asked = []
+
+    def submit(graph, cluster, where, title, waits_for, keep):
+        asked.append(waits_for)
+        raise UserError("seen")
+
+    monkeypatch.setattr("jet_launcher.slurm.launch.submit", submit)
+    assert main(["resume", "a"]) == 1
+    [waits_for] = asked
+    assert "11" in sum(waits_for.values(), []) and set(sum(waits_for.values(), [])) == {"11"}

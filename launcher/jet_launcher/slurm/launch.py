@@ -12,6 +12,7 @@ from jet_launcher.exit_codes import DONE, FAILED, INTERRUPTED
 from jet_launcher.provenance import record_launch
 from jet_launcher.run_directory import RunDirectory
 from jet_launcher.slurm import state as slurm
+from jet_launcher.slurm.ask import number_of
 from jet_launcher.slurm.experiment import batch_scripts, submit
 from jet_launcher.slurm.graph import JobGraph, build_graph, graph_text
 from jet_launcher.slurm.overview import JobView, finished, run_word, shown_views, stuck_reason, views_text
@@ -94,7 +95,8 @@ def _submit_missing(
     for note in graph.notes:
         print(f"note: {note}", file=stream)
     waits_for = {
-        job.name: [live[name] for name in graph_job(graph, job.name).depends if name in live] for job in missing.jobs
+        job.name: [number_of(live[name]) for name in graph_job(graph, job.name).depends if name in live]
+        for job in missing.jobs
     }
     record_launch(run, config, stages)
     code = ship_code(ROOT, node_path(run))
