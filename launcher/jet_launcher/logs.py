@@ -43,12 +43,16 @@ def show_log(run: RunDirectory, stage: str | None, follow: bool, stream: TextIO)
     no stage was named."""
     path = log_path(run, stage)
     position = _copy(path, 0, stream)
-    while follow and lock_holder(run.lock_file) is not None:
-        time.sleep(POLL_SECONDS)
+    while follow:
+        over = lock_holder(run.lock_file) is None  # asked first: what was written until then is shown
+        if not over:
+            time.sleep(POLL_SECONDS)
         position = _copy(path, position, stream)
         latest = path if stage is not None else log_path(run, None)
         if latest != path:
             path, position = latest, _copy(latest, 0, stream)
+        if over:
+            return
     _copy(path, position, stream)
 
 

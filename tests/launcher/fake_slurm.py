@@ -12,7 +12,7 @@ if [ "$(cat $S/refused 2> /dev/null)" = $n ]; then echo 'sbatch: error: Invalid 
 echo "${!#}" > $S/scripts/$id; echo "$*" > $S/options/$id
 echo "PENDING|$(cat $S/reason 2> /dev/null)||N/A" > $S/jobs/$id
 if [ "$(cat $S/lost 2> /dev/null)" = $n ]; then echo 'sbatch: error: Socket timed out' >&2; exit 1; fi
-if [ "$(cat $S/slow 2> /dev/null)" = $n ]; then touch $S/here; sleep 1.5; fi
+if [ "$(cat $S/slow 2> /dev/null)" = $n ]; then touch $S/here; until [ -e $S/go ]; do sleep 0.05; done; fi
 [ ! -e $S/warns ] || cat $S/warns >&2
 if [ -e $S/says ]; then sed "s/ID/$id/g" $S/says; else echo $id; fi""",
     # Knows nothing that matches a user's filter; `greets` comes before every answer, `blind` holds IDs it leaves out.
@@ -59,8 +59,8 @@ exit $code""",
 class FakeSlurm:
     """The commands in `bin`, and what they know.
 
-    Files that steer them: `refused`, `lost`, `slow` (number of an sbatch), `reason` (of waiting jobs), `silent` (the
-    controller does not answer), `denied` (a job that is somebody else's), `says` (what sbatch prints, with ID for the
+    Files that steer them: `refused`, `lost`, `slow` (number of an sbatch; a slow one makes `here` and waits for `go`),
+    `reason` (of waiting jobs), `silent` (the controller does not answer), `denied` (a job that is somebody else's), `says` (what sbatch prints, with ID for the
     job's number), `warns` (on stderr), `greets` (what the others print first), `blind` (jobs that squeue leaves out).
     """
 

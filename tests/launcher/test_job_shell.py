@@ -22,7 +22,8 @@ case "$1 $2" in
     "show hostnames") printf '%s\\n' ${FAKE_NODES:-n1 n2} ;;
     "show node") echo "NodeName=$4 NodeAddr=10.0.0.7 NodeHostName=$4" ;;
     "show job")
-        echo "JobId=7 $FAKE_SECOND EndTime=$(date -d '+1 hour' +%FT%T) ExcNodeList=${FAKE_EXCLUDED:-(null)} x" ;;
+        end=${FAKE_END:-$(date -d '+1 hour' +%FT%T)}
+        echo "JobId=7 $FAKE_SECOND EndTime=$end ExcNodeList=${FAKE_EXCLUDED:-(null)} x" ;;
     "requeue 7") echo PENDING > "$FAKE/state" ;;
 esac""",
     "sbatch": """
@@ -100,7 +101,7 @@ def slurm(tmp_path):
             self.state_file.write_text(state + "\n")
             self.calls_file.write_text("")
             environment = {**base, "SLURM_RESTART_COUNT": str(restart), "CODE": str(code), **extra}
-            return subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+            return subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=250)
 
         @property
         def requeued(self) -> bool:
@@ -317,7 +318,9 @@ def test_another_submission_starts_counting_anew(slurm):
 
 # A SIGTERM that comes just before a shell waits in `read` is as good as lost until the read is over.
 DEAF = 'read() { if [ "$2" = -t ]; then trap "" TERM; fi; builtin read "$@"; }\n'
-SOON = "postnas_guard_seconds=3598 postnas_guard_look=1\npostnas_enter"  # the fake's time limit is an hour away
+# For those who ask `date`, the limit is 21 seconds away; the guard's own clock has long passed it.
+SOON = 'date() { if [ "$*" = +%s ]; then echo 1577836779; else command date "$@"; fi; }\npostnas_enter'
+LIMIT = {"FAKE_END": "2020-01-01T00:00:00", "TZ": "UTC"}
 
 
 @pytest.mark.parametrize("before", ["", DEAF], ids=["", "deaf"])
@@ -329,7 +332,8 @@ def test_clock_guard_leaves_no_process_behind(slurm, before, code):
 
 
 def test_clock_guard_of_a_script_that_was_killed_queues_nothing_and_leaves(slurm):
-    script = JOB.replace("postnas_enter", SOON).replace("(exit ${CODE:-0})", "kill -KILL $$")
+    look = "postnas_guard_look=1\npostnas_enter"
+    script = JOB.replace("postnas_enter", look).replace("(exit ${CODE:-0})", "kill -KILL $$")
     assert slurm.attempt(0, 0, script=script).returncode == -9
     assert not slurm.requeued
     assert slurm.processes() == []
@@ -337,10 +341,10 @@ def test_clock_guard_of_a_script_that_was_killed_queues_nothing_and_leaves(slurm
 
 def test_clock_guard_queues_a_job_again_that_missed_the_warning(slurm):
     late = 'until grep -q PENDING "$FAKE/state"; do sleep 0.1; done; (exit 143)'
-    done = slurm.attempt(0, 0, script=JOB.replace("postnas_enter", SOON).replace("(exit ${CODE:-0})", late))
+    done = slurm.attempt(0, 0, script=JOB.replace("postnas_enter", SOON).replace("(exit ${CODE:-0})", late), **LIMIT)
     assert done.returncode == 143
     assert slurm.calls.count("requeue 7") == 1
-    assert "the time limit is 3598 seconds away, in set-up (modules, setup); queueing again" in done.stdout
+    assert "the time limit is 20 seconds away, in set-up (modules, setup); queueing again" in done.stdout
 
 
 def preflight(*marks: str) -> str:
@@ -490,7 +494,7 @@ def test_set_up_that_hangs_until_the_time_limit_is_queued_again_and_named(slurm)
     """And comes to an end."""
     hang = 'until grep -q PENDING "$FAKE/state"; do sleep 0.1; done; kill -KILL $$'
     script = JOB.replace("postnas_enter", SOON).replace("postnas_begin", f"{hang}\npostnas_begin")
-    assert slurm.attempt(0, 0, script=script).returncode == -9
+    assert slurm.attempt(0, 0, script=script, **LIMIT).returncode == -9
     assert slurm.requeued
     assert slurm.notes[-1] == "limit 75 the time limit came in set-up (modules, setup)"
     with slurm.log.open("a") as log:
@@ -561,7 +565,7 @@ def step(tmp_path, python: str, **extra: str) -> subprocess.CompletedProcess[str
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=250,
     )
 
 

@@ -78,18 +78,23 @@ def test_status_and_list_say_so_and_show_what_files_tell(run, say):
 
 def test_waiting_outlasts_silence(run, capsys):
     run.slurm.steer(silent="")
+    _Lines.all.clear()
     codes = []
     thread = threading.Thread(target=lambda: codes.append(wait_for(RunDirectory(run.run), _Lines(), 0.05)))
     thread.start()
-    thread.join(0.6)
+    deadline = time.monotonic() + 200
+    while not any("does not answer" in line for line in _Lines.all):
+        assert thread.is_alive() and time.monotonic() < deadline
+        time.sleep(0.02)
+    thread.join(0.2)
     assert thread.is_alive(), "silence is no end"
     run.slurm.relent("silent")
-    thread.join(0.6)
+    thread.join(0.2)
     assert thread.is_alive(), "the job still runs"
     (run.run / "stages" / "stage1").mkdir(parents=True, exist_ok=True)
     (run.run / "stages" / "stage1" / "result.json").write_text("{}")
     run.slurm.add("11", "COMPLETED")
-    thread.join(20)
+    thread.join(200)
     assert codes == [0]
     said = [line for line in _Lines.all if "does not answer" in line]
     assert len(said) == 1 and "; still waiting" in said[0]
