@@ -60,8 +60,9 @@ class FakeSlurm:
     """The commands in `bin`, and what they know.
 
     Files that steer them: `refused`, `lost`, `slow` (number of an sbatch; a slow one makes `here` and waits for `go`),
-    `reason` (of waiting jobs), `silent` (the controller does not answer), `denied` (a job that is somebody else's), `says` (what sbatch prints, with ID for the
-    job's number), `warns` (on stderr), `greets` (what the others print first), `blind` (jobs that squeue leaves out).
+    `reason` (of waiting jobs), `silent` (the controller does not answer), `denied` (a job that is somebody else's),
+    `says` (what sbatch prints, with ID for the job's number), `warns` (on stderr), `greets` (what the others print
+    first), `blind` (jobs that squeue leaves out).
     """
 
     def __init__(self, folder: Path) -> None:
