@@ -6,11 +6,12 @@ Exit codes: 0 done, 1 failed, 2 usage, 75 interrupted and worth running again.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 from megatron_jet.configs.candidates import split_target
-from megatron_jet.configs.environment import trains_delta_rule
+from megatron_jet.configs.environment import gpu_problem, trains_delta_rule
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.overrides import load_yaml
 from megatron_jet.configs.run import RunConfig
@@ -44,6 +45,7 @@ def run_targets(run_dir: Path, config: RunConfig, targets: list[tuple[str, str |
     from megatron_jet.training import cpu_backend
 
     cpu_backend.install()  # before anything imports Megatron
+    check_gpus()
     check_kernels(config, [stage for stage, _ in targets])
     from megatron_jet.configs.signals import Interrupted
     from megatron_jet.postnas.pipeline import run_candidate, run_stage
@@ -65,6 +67,16 @@ def run_targets(run_dir: Path, config: RunConfig, targets: list[tuple[str, str |
         print(f"interrupted: {error}", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
+
+
+def check_gpus() -> None:
+    """Raise UserError where a job was given GPUs (POSTNAS_GPUS) that torch does not see: it would train on the CPU."""
+    import torch
+
+    asked = os.environ.get("POSTNAS_GPUS", "")
+    problem = gpu_problem(int(asked), torch.cuda.device_count(), torch.__version__) if asked.isdecimal() else None
+    if problem:
+        raise UserError(problem)
 
 
 def check_kernels(config: RunConfig, stages: list[str]) -> None:

@@ -6,6 +6,7 @@ import torch
 from jet_kernels import dispatch, fla_backend
 from megatron_jet import run_stage
 from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.overrides import dump_yaml
 from megatron_jet.configs.recipes.tiny import tiny
 
 
@@ -35,3 +36,18 @@ def test_stages_that_do_not_train_do_not_mind(hopper):
 
 def test_no_gpu_no_check():
     run_stage.check_kernels(tiny(), ["stage1"])
+
+
+def test_job_with_gpus_that_torch_does_not_see_never_trains_on_the_cpu(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for asked in ("", "0", "1", "x"):
+        monkeypatch.setenv("POSTNAS_GPUS", asked)
+        run_stage.check_gpus()
+    monkeypatch.setenv("POSTNAS_GPUS", "2")
+    (tmp_path / "config.yaml").write_text(dump_yaml(tiny()))
+    assert run_stage.main([str(tmp_path), "prepare"]) == 1
+    err = capsys.readouterr().err
+    assert (
+        err == f"error: torch {torch.__version__} sees 1 of 2 GPUs: a CPU build, the driver, or CUDA_VISIBLE_DEVICES\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]

@@ -61,7 +61,8 @@ def test_interrupted_submission_leaves_nothing_behind(place, number):
         time.sleep(0.01)
     assert [row["job_id"] for row in place.record["submissions"][0]["jobs"]] == ["11"], "known as soon as it is taken"
     os.killpg(process.pid, number)
-    _, err = process.communicate(timeout=60)
+    place.slurm.steer(go="")
+    _, err = process.communicate(timeout=250)
     assert process.returncode == 75
     assert err.splitlines()[-1] == "error: submission failed: interrupted; 2 jobs were taken back"
     assert place.slurm.states() == {"11": "CANCELLED", "12": "CANCELLED"}, "no third one"
