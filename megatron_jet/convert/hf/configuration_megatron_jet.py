@@ -61,6 +61,8 @@ class JetNemotronConfig(PretrainedConfig):
 
     model_type = "jet_nemotron"
     keys_to_ignore_at_inference = ["past_key_values"]
+    # No model is without layer types, so `JetNemotronConfig()` fails; transformers before 5.23 calls it for defaults.
+    has_no_defaults_at_init = True
     known_mixers = ("jet", "swa", "attn")
 
     vocab_size: int = 151936
