@@ -10,18 +10,23 @@ from typing import Any
 
 from megatron_jet.configs.errors import UserError
 
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # Read by hf_format.py, in every file.
-READ = frozenset(
+READ = _names(
     "model_type architectures auto_map hidden_size intermediate_size num_hidden_layers num_attention_heads "
     "num_key_value_heads head_dim vocab_size max_position_embeddings rope_theta rope_scaling rope_parameters "
     "rms_norm_eps initializer_range tie_word_embeddings bos_token_id eos_token_id pad_token_id hidden_act "
-    "layer_types".split()
+    "layer_types"
 )
-READ_OF_HYBRIDS = frozenset("efficient_attention_config windows base_model_type qkv_bias qk_norm".split())
-READ_OF_WINDOWS = frozenset("use_sliding_window sliding_window max_window_layers".split())
+READ_OF_HYBRIDS = _names("efficient_attention_config windows base_model_type qkv_bias qk_norm")
+READ_OF_WINDOWS = _names("use_sliding_window sliding_window max_window_layers")
 
 # Without effect on what a model computes: origin, types, speed, training, generation, leftovers of other tasks.
-HARMLESS = frozenset(
+HARMLESS = _names(
     # origin and types
     "transformers_version torch_dtype dtype _name_or_path _commit_hash name_or_path license is_llama_config "
     "transformers.js_config transformers_weights tokenizer_class model_max_length "
@@ -41,7 +46,7 @@ HARMLESS = frozenset(
     "begin_suppress_tokens decoder_start_token_id sep_token_id unk_token_id cls_token_id mask_token_id prefix "
     # other tasks
     "id2label label2id num_labels _num_labels problem_type finetuning_task task_specific_params "
-    "keys_to_ignore_at_inference".split()
+    "keys_to_ignore_at_inference"
 )
 HARMLESS_PREFIXES = ("unsloth_",)
 

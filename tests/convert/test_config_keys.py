@@ -1,4 +1,4 @@
-"""config.json of other people's models: read as transformers reads it, or refused by the name of what is not understood."""
+"""config.json of other people's models: read as transformers reads it, or refused by name."""
 
 import itertools
 import json
