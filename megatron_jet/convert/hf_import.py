@@ -27,7 +27,7 @@ UNFINISHED = {
         + (".SCB.", ".quant_map.", ".scales.", ".biases.", ".input_scale.", ".weight_zero_point.")
     ): "the weights are quantised; dequantise them first",
     (".module.", "._orig_mod."): "these are names of a wrapped model; save the model inside the wrapper",
-    ("..embed_tokens.",): "this is a bare base model; save the model with its language-modelling head",
+    ("^.embed_tokens.",): "this is a bare base model; save the model with its language-modelling head",
 }
 
 
@@ -130,7 +130,7 @@ def _harmless(name: str, model: ModelConfig, source: HfTensors) -> bool:
 def _likely_reason(extra: list[str]) -> str:
     """What tensors that no plain model has usually mean, and what to do; empty for others."""
     for parts, what in UNFINISHED.items():
-        if any(part in f".{name}." for name in extra for part in parts):
+        if any(part in f"^.{name}." for name in extra for part in parts):
             return what
     return ""
 

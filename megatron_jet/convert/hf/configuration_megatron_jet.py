@@ -7,7 +7,8 @@ from typing import Any
 import transformers
 
 OLDEST_TORCH, OLDEST_TRANSFORMERS = "2.9", "5.6.2"
-if [int(number) for number in re.findall(r"\d+", transformers.__version__)[:3]] < [5, 6, 2]:
+_found, _oldest = (re.findall(r"\d+", text)[:3] for text in (transformers.__version__, OLDEST_TRANSFORMERS))
+if list(map(int, _found)) < list(map(int, _oldest)):
     # Before the other imports, which older releases answer with errors that do not say what to do.
     raise ImportError(
         f"this model's code needs transformers>={OLDEST_TRANSFORMERS}, {transformers.__version__} is installed: "

@@ -123,7 +123,7 @@ def first_different(rows: list[LayerDifference], tolerance: float) -> LayerDiffe
 def hf_activations(hf_dir: str | Path, tokens: Tensor) -> dict[str, Tensor]:
     """Output of every layer and the logits of a Hugging Face model: "0", "1", ..., "logits"."""
     model = load_for_causal_lm(hf_dir, dtype=torch.float32)
-    _check_as_loaded(hf_dir, model.config.to_dict())
+    check_as_loaded(hf_dir, model.config.to_dict())
     outputs: dict[str, Tensor] = {}
 
     def keep(index: int):
@@ -142,7 +142,7 @@ def hf_activations(hf_dir: str | Path, tokens: Tensor) -> dict[str, Tensor]:
     return {name: tensor.float().cpu() for name, tensor in outputs.items()}
 
 
-def _check_as_loaded(hf_dir: str | Path, loaded: dict[str, Any]) -> None:
+def check_as_loaded(hf_dir: str | Path, loaded: dict[str, Any]) -> None:
     """Raise UserError when the config that transformers loaded is not what we read in the file.
 
     The tokens compared may be fewer than a window holds, so a gate read in another way would not show in the outputs.
