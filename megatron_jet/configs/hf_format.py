@@ -9,9 +9,10 @@ import json
 from typing import Any
 
 from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.families import FAMILIES, RopeScaling
+from megatron_jet.configs.families import FAMILIES
 from megatron_jet.configs.hf_checks import check_types, is_names, is_number, is_size
 from megatron_jet.configs.hf_keys import check_keys
+from megatron_jet.configs.hf_rope import rope_key, rope_keys, rope_scaling
 from megatron_jet.configs.layer_plan import LayerPlan, split_entry
 from megatron_jet.configs.mixers.base import MixerConfig
 from megatron_jet.configs.mixers.registry import LINEAR_MIXERS, mixer_config_class
@@ -25,7 +26,6 @@ ARCHITECTURES = {name: family.architecture for name, family in FAMILIES.items()}
 HYBRIDS = tuple(HYBRID_ARCHITECTURES)
 EXPANSION_DIGITS = 10  # that published files give of expand_v, after the point
 PUBLISHED_KEY_VALUE_HEADS = 2  # of a hybrid's config.json that does not say
-ROPE_COMMON = ("rope_type", "type", "rope_theta")
 DEFAULT_WINDOW, DEFAULT_FIRST_WINDOW = 4096, 28  # transformers' of Qwen2 and Qwen3, where windows are switched on
 
 
@@ -57,8 +57,8 @@ def _model(config: dict[str, Any], where: str) -> ModelConfig:
         raise UserError(f"{where}: base_model_type '{base}' is not supported; known: {', '.join(FAMILIES)}")
     family, hybrid = FAMILIES[base], model_type in HYBRIDS
     check_keys(config, hybrid, ARCHITECTURES[model_type], where)
-    rope_key = _rope_key(config, hybrid)
-    rope = config.get(rope_key) or {}
+    where_rope = rope_key(config, hybrid)
+    rope = config.get(where_rope) or {}
     heads = _required(config, "num_attention_heads", where)
     hidden = _required(config, "hidden_size", where)
     num_layers = _required(config, "num_hidden_layers", where)
@@ -73,7 +73,7 @@ def _model(config: dict[str, Any], where: str) -> ModelConfig:
             "vocab_size": _required(config, "vocab_size", where),
             "max_position_embeddings": config.get("max_position_embeddings", 32768),
             "rope_theta": float(rope.get("rope_theta") or config.get("rope_theta") or (1e6 if hybrid else 1e4)),
-            "rope_scaling": _rope_scaling(rope, f"{where}: {rope_key}"),
+            "rope_scaling": rope_scaling(rope, f"{where}: {where_rope}"),
             "rms_norm_eps": float(config.get("rms_norm_eps", 1e-6)),
             "initializer_range": config.get("initializer_range", 0.02),
             # What the hybrid formats mean without a key is what their modeling code takes, whatever the base model is.
@@ -115,7 +115,7 @@ def model_to_hf(model: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
         "use_cache": True,
         "tie_word_embeddings": model.tie_word_embeddings,
         "rope_theta": model.rope_theta,
-        "rope_scaling": _rope_keys(model.rope_scaling),
+        "rope_scaling": rope_keys(model.rope_scaling),
         "attention_dropout": 0.0,
         "bos_token_id": model.bos_token_id,
         "eos_token_id": model.eos_token_id,
@@ -283,36 +283,6 @@ def _key_value_heads(config: dict[str, Any], hybrid: bool, heads: int) -> int:
 def _default_head_dim(model_type: str, hidden: int, heads: int) -> int:
     family = FAMILIES.get(model_type)
     return hidden // heads if family is None or family.default_head_dim is None else family.default_head_dim
-
-
-def _rope_key(config: dict[str, Any], hybrid: bool) -> str:
-    """Where the rotary embedding's settings are; transformers 5 writes rope_theta among them.
-
-    A file that gives them under both names is read as its code reads it: for a plain model rope_scaling, whole, is what
-    transformers takes; the hybrids' code takes rope_parameters.
-    """
-    names = ("rope_parameters", "rope_scaling") if hybrid else ("rope_scaling", "rope_parameters")
-    return next((name for name in names if config.get(name)), names[0])
-
-
-def _rope_scaling(rope: dict[str, Any], where: str) -> dict[str, Any] | None:
-    """Llama 3's scaling, or none. `where` names the file and the key."""
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ("default", "llama3"):
-        raise UserError(f"{where}: RoPE scaling '{rope_type}' is not supported; known: default, llama3")
-    names = RopeScaling.model_fields if rope_type == "llama3" else {}
-    for key, value in rope.items():
-        if key not in names and key not in ROPE_COMMON and value is not None:
-            if key == "partial_rotary_factor" and value == 1:
-                continue
-            raise UserError(
-                f"{where}.{key}={value!r} is not understood for rope_type '{rope_type}'; remove it if unused"
-            )
-    return RopeScaling.parse({key: rope[key] for key in names if key in rope}, where).to_dict() if names else None
-
-
-def _rope_keys(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    return None if scaling is None else {"rope_type": "llama3", **scaling.to_dict()}
 
 
 def _flag(config: dict[str, Any], key: str, default: bool) -> bool:

@@ -27,9 +27,9 @@ READ_OF_WINDOWS = _names("use_sliding_window sliding_window max_window_layers")
 
 # Without effect on what a model computes: origin, types, speed, training, generation, leftovers of other tasks.
 HARMLESS = _names(
-    # origin and types
-    "transformers_version torch_dtype dtype _name_or_path _commit_hash name_or_path license is_llama_config "
-    "transformers.js_config transformers_weights tokenizer_class model_max_length "
+    # origin and types; schema_version is this project's own mark on its JSON files
+    "schema_version transformers_version torch_dtype dtype _name_or_path _commit_hash name_or_path license "
+    "is_llama_config transformers.js_config transformers_weights tokenizer_class model_max_length "
     # how it is run
     "use_cache cache_implementation attn_implementation _attn_implementation _attn_implementation_internal "
     "_attn_implementation_autoset _experts_implementation _flash_attn_2_enabled use_flash_attn use_flash_attention "

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
@@ -209,6 +210,13 @@ SAVED_AGAIN = {"unsloth_fixed": True, "unsloth_version": "2026.1.1", "pad_token_
 def test_well_known_models_are_full_attention(name, changes):
     model = model_from_hf(KNOWN[name] | changes)
     assert set(model.layer_plan) == {"attn"} and model.num_layers == KNOWN[name]["num_hidden_layers"]
+
+
+def test_the_projects_own_files_are_read():
+    paths = sorted((Path(__file__).parents[2] / "docs" / "benchmarks" / "configs").glob("*.json"))
+    assert len(paths) >= 2
+    for path in paths:
+        assert model_from_hf(json.loads(path.read_text()), str(path))
 
 
 @pytest.mark.parametrize("name", KNOWN)
