@@ -104,6 +104,9 @@ def test_logs_show_the_latest_stage_or_the_one_named(run, launcher):
     assert launcher("logs", "a", "prepare")[1] == "log of prepare\n"
     code, _, err = launcher("logs", "a", "stage1")
     assert code == 1 and "stage1 of a has no log yet" in err
+    set_status(run, "stage2", "failed", updated="2026-03-01T12:00:00+00:00")
+    (run.stage("stage2") / "log.txt").touch()
+    assert launcher("logs", "a")[1] == "log of placement\n", "a full disk lets logs begin and takes no line"
     code, _, err = launcher("logs", "a", "stage7")
     assert code == 2 and "unknown stage 'stage7'" in err
 
