@@ -37,6 +37,8 @@ test-oldest: $(OLDEST)/.installed ## conversion, generation and a short run with
 
 $(OLDEST)/.installed: pyproject.toml constraints.txt tools/oldest_versions.py tools/find_python.sh
 	@python="$$(bash tools/find_python.sh)" || exit 1; \
+	"$$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' || \
+	  { echo "error: the oldest versions have no wheels for $$python; make PYTHON=/path/to/python3.12 $@" >&2; exit 1; }; \
 	echo "setting up $(OLDEST) with $$python"; \
 	"$$python" -m venv $(OLDEST) || exit 1; \
 	"$$python" tools/oldest_versions.py > $(OLDEST)/versions.txt || exit 1; \
