@@ -11,7 +11,7 @@ from jet_launcher.provenance import gpus
 from jet_launcher.run_directory import RunDirectory, list_runs
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.estimate_text import format_bytes, format_seconds
-from megatron_jet.configs.files import read_json
+from megatron_jet.configs.files import measured_seconds, read_json_object
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.run import RunConfig
 from megatron_jet.configs.run_estimate import RunEstimate, StageEstimate, estimate_run, planned_student
@@ -84,7 +84,7 @@ def forecast(
     peak = device_tflops()
     estimate = estimate_run(config, teacher, peak_tflops=peak, utilisation=CPU_UTILISATION)
     by_name = {stage.stage: stage for stage in estimate.stages}
-    earlier = measured_seconds(config, root)
+    earlier = earlier_seconds(config, root)
     todo = [stage for stage in stages if not (run.stage(stage) / "result.json").is_file()]
     if todo and all(stage in earlier for stage in todo):
         seconds, basis = sum(earlier[stage] for stage in todo), "as in an earlier run"
@@ -136,23 +136,31 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def measured_seconds(config: RunConfig, root: Path) -> dict[str, float]:
+def earlier_seconds(config: RunConfig, root: Path) -> dict[str, float]:
     """Seconds per stage of the newest run under `root` with the same recipe, processes and stage settings."""
     found: dict[str, float] = {}
     for run in list_runs(root):
         try:
-            other = run.config()
-        except UserError:
-            continue  # a run of another version; its config no longer parses
+            other, results = run.config(), list(run.path.glob("stages/*/result.json"))
+        except (UserError, OSError):
+            continue  # of another version, whose config no longer parses, or of somebody who lets nobody in
         if (other.recipe, other.nproc) != (config.recipe, config.nproc):
             continue
-        for path in run.path.glob("stages/*/result.json"):
+        for path in results:
             stage = path.parent.name
             if stage in (*OTHER_STAGE_SECONDS, *config.stages) and other.stage(stage) == config.stage(stage):
-                seconds = read_json(path).get("measured", {}).get("seconds")
+                seconds = _seconds_taken(path)
                 if seconds is not None:
-                    found[stage] = float(seconds)
+                    found[stage] = seconds
     return found
+
+
+def _seconds_taken(path: Path) -> float | None:
+    """Of another run's stage. Its files may be anything; this run starts all the same."""
+    try:
+        return measured_seconds(read_json_object(path))
+    except UserError:
+        return None
 
 
 def device_tflops() -> float:

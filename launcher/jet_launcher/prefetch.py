@@ -4,8 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from jet_launcher.usage import usage_errors
-from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.errors import UserError, usage_errors
 from megatron_jet.configs.files import read_json
 from megatron_jet.configs.run import RunConfig
 from megatron_jet.configs.teacher_source import BUNDLED

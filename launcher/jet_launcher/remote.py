@@ -24,9 +24,8 @@ from jet_launcher.options import LaunchOptions
 from jet_launcher.provenance import git_state
 from jet_launcher.run_directory import RunDirectory, safe_name
 from jet_launcher.slurm.package import code_digest, code_files
-from jet_launcher.usage import UsageError
 from megatron_jet.configs.cluster import TunnelConfig
-from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.errors import UsageError, UserError
 from megatron_jet.configs.files import read_json, write_json, write_text
 from megatron_jet.configs.overrides import dump_yaml
 from megatron_jet.configs.run import RunConfig

@@ -27,7 +27,7 @@ class ModelConfig(StrictModel):
     rope_theta: float = Field(default=1e6, gt=0, allow_inf_nan=False)
     rope_scaling: RopeScaling | None = None
     rms_norm_eps: float = Field(default=1e-6, gt=0, allow_inf_nan=False)
-    initializer_range: float = 0.02
+    initializer_range: float = Field(default=0.02, gt=0)
     tie_word_embeddings: bool = True
     qkv_bias: bool = True
     qk_norm: bool = False

@@ -7,11 +7,11 @@ from typing import Any
 
 from pydantic import Field
 
-from megatron_jet.configs.base import StrictModel
+from megatron_jet.configs.base import ResultModel
 from megatron_jet.configs.files import SCHEMA_VERSION
 
 
-class Scores(StrictModel):
+class Scores(ResultModel):
     """Held-out or search-split scores of one model. Losses are nats per scored token."""
 
     accuracy: dict[str, float] = Field(description="by eval set: recall, choice, copy")
@@ -23,7 +23,7 @@ class Scores(StrictModel):
     )
 
 
-class Measured(StrictModel):
+class Measured(ResultModel):
     """Clock figures of a stage or candidate."""
 
     seconds: float
@@ -33,7 +33,7 @@ class Measured(StrictModel):
     extra: dict[str, Any] = Field(default_factory=dict)
 
 
-class StageResult(StrictModel):
+class StageResult(ResultModel):
     """Base of every stage's result."""
 
     schema_version: int = SCHEMA_VERSION
@@ -56,21 +56,21 @@ class PrepareResult(StageResult):
     sources: list[str]
 
 
-class PlacementScore(StrictModel):
+class PlacementScore(ResultModel):
     """One placement of full-attention layers and its scores."""
 
     full: tuple[int, ...]
     scores: Scores
 
 
-class BeamRound(StrictModel):
+class BeamRound(ResultModel):
     """One round of the beam search: all candidates scored, and which were kept."""
 
     candidates: list[PlacementScore]
     kept: list[tuple[int, ...]]
 
 
-class ComparisonRow(StrictModel):
+class ComparisonRow(ResultModel):
     """One architecture on held-out data, straight from the supernet and after a short stage 1."""
 
     name: str = Field(description="learned, uniform, uniform phase k, all_linear, all_full")
@@ -100,7 +100,7 @@ class PlacementResult(StageResult):
     final_losses: dict[str, float]
 
 
-class CandidateResult(StrictModel):
+class CandidateResult(ResultModel):
     """One trained candidate of a selection stage."""
 
     name: str
@@ -142,7 +142,7 @@ class TrainStageResult(StageResult):
     before: Scores
     after: Scores
 
-    model_config = StrictModel.model_config | {"populate_by_name": True}
+    model_config = ResultModel.model_config | {"populate_by_name": True}
 
 
 class ExportResult(StageResult):

@@ -5,12 +5,12 @@ from typing import Any
 
 from pydantic import Field
 
-from megatron_jet.configs.base import StrictModel
+from megatron_jet.configs.base import ResultModel
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import SCHEMA_VERSION, read_json
 
 
-class TaskResult(StrictModel):
+class TaskResult(ResultModel):
     """One harness task or group."""
 
     metrics: dict[str, float] = Field(description='by the harness\'s names, such as "acc_norm,none"; fractions or nats')
@@ -20,7 +20,7 @@ class TaskResult(StrictModel):
     version: str | None = Field(default=None, description="of the task in the harness")
 
 
-class PresetResult(StrictModel):
+class PresetResult(ResultModel):
     """One of the paper's groups."""
 
     score: float | None = Field(description="percent; None when a metric is missing")
@@ -29,7 +29,7 @@ class PresetResult(StrictModel):
     not_comparable: str
 
 
-class EvaluationResult(StrictModel):
+class EvaluationResult(ResultModel):
     """A whole evaluation. Clock figures sit under `measured`."""
 
     schema_version: int = SCHEMA_VERSION
