@@ -27,6 +27,7 @@ from jet_launcher.slurm.scripts import check_mounts
 from jet_launcher.slurm.taken import Interrupted
 from megatron_jet.configs.cluster import TunnelConfig
 from megatron_jet.configs.errors import UsageError, UserError, usage_errors
+from megatron_jet.configs.layout import check_layout
 from megatron_jet.configs.run import RunConfig
 from megatron_jet.configs.run_estimate import estimate_run
 from megatron_jet.configs.teacher_source import expand_paths, teacher_model
@@ -137,11 +138,14 @@ def _dry_run(config: RunConfig, stages: tuple[str, ...], options: LaunchOptions,
         check_mounts(config, target.cluster)
     except UserError as error:
         missing = str(error)
+    with usage_errors():
+        teacher = teacher_model(config.teacher)
+        check_layout(config, teacher)
     output = options.output or root / f"{safe_name(config.recipe)}-TIME"
     run = RunDirectory(output)
     if options.output is not None:
         check_directory(config, run)
-    return dry_run(run, config, teacher_model(config.teacher), stages, target, options.as_json, missing)
+    return dry_run(run, config, teacher, stages, target, options.as_json, missing)
 
 
 def _make_findable(run: RunDirectory, root: Path) -> None:

@@ -1,4 +1,4 @@
-"""Before a run starts: does it fit, on the disk and in the layout, and about how long will it take."""
+"""Before a run starts: does it fit on the disk, and about how long will it take."""
 
 import shutil
 import time
@@ -14,7 +14,7 @@ from megatron_jet.configs.estimate_text import format_bytes, format_seconds
 from megatron_jet.configs.files import measured_seconds, read_json_object
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.run import RunConfig
-from megatron_jet.configs.run_estimate import RunEstimate, StageEstimate, estimate_run, planned_student
+from megatron_jet.configs.run_estimate import RunEstimate, StageEstimate, estimate_run
 
 # Dense bf16 TFLOP/s by a word in the GPU's name.
 GPU_PEAKS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0, "L40": 181.0}
@@ -42,35 +42,6 @@ class Forecast:
             f"about {format_seconds(self.seconds)} ({self.basis}), up to {format_bytes(self.disk_bytes)} on disk "
             f"({format_bytes(self.free_bytes)} free)"
         )
-
-
-def check_layout(config: RunConfig, teacher: ModelConfig) -> None:
-    """Raise one UserError when teacher or student cannot be laid out, a batch does not divide, or sequences are longer
-    than the teacher has positions."""
-    student = planned_student(config, teacher)
-    for stage in config.stages:
-        settings = config.stage(stage)
-        training = getattr(settings, "training", None)
-        if training is None:
-            continue
-        if training.seq_length > teacher.max_position_embeddings:
-            raise UserError(
-                f"{stage}.training.seq_length={training.seq_length}: the teacher has "
-                f"{teacher.max_position_embeddings} positions, beyond which it teaches nothing"
-            )
-        resources = settings.resources
-        parallel = resources.parallel or config.parallel
-        for model in (teacher, student):
-            model.check_parallel(parallel.tensor, parallel.pipeline)
-        if parallel.sequence_parallel and training.seq_length % parallel.tensor:
-            raise UserError(
-                f"{stage}: sequence_parallel shares training.seq_length={training.seq_length} out over "
-                f"parallel.tensor={parallel.tensor} ranks, which does not divide it"
-            )
-        try:
-            training.microbatches(parallel.data_parallel(resources.nodes * config.nproc))
-        except UserError as error:
-            raise UserError(f"{stage}: {error} (nproc={config.nproc}, nodes={resources.nodes})") from None
 
 
 def forecast(

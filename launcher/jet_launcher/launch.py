@@ -11,7 +11,7 @@ from jet_launcher.cluster_launch import (
     refuse_live_jobs,
 )
 from jet_launcher.exit_codes import DONE
-from jet_launcher.forecast import Forecast, check_disk, check_layout, forecast
+from jet_launcher.forecast import Forecast, check_disk, forecast
 from jet_launcher.local import Outcome, run_local, shown_id
 from jet_launcher.options import LaunchOptions, check_inputs, data_notes, inputs_problem
 from jet_launcher.processes import worker_command
@@ -31,6 +31,7 @@ from jet_launcher.run_directory import (
 from jet_launcher.stage_status import read_run, run_state
 from megatron_jet.configs.errors import UserError, usage_errors
 from megatron_jet.configs.estimate_text import model_text, run_text
+from megatron_jet.configs.layout import check_layout
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.overrides import apply_overrides
 from megatron_jet.configs.recipes.catalog import load_recipe

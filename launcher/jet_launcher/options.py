@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jet_launcher.forecast import check_layout
 from megatron_jet.configs.errors import UserError, usage_errors
+from megatron_jet.configs.layout import check_layout
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.run import RunConfig
 from megatron_jet.configs.teacher_source import resolve_teacher, teacher_model, tokenizer_directory

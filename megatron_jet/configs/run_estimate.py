@@ -151,6 +151,12 @@ def estimate_run(
     )
 
 
+def trained_models(config: RunConfig, teacher: ModelConfig) -> dict[str, list[ModelConfig]]:
+    """Every model that each stage trains, by stage; of a supernet, the model with the linear path everywhere."""
+    student = planned_student(config, teacher)
+    return {stage: [run.model for run in runs] for stage, runs in _runs(config, teacher, student).items()}
+
+
 @dataclass(frozen=True)
 class _Run:
     """A training run: which model, how long, and the stage whose result it takes over instead."""

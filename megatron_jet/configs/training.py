@@ -115,6 +115,18 @@ class TrainingConfig(StrictModel):
     def tokens(self) -> int:
         return self.steps * self.global_batch_size * self.seq_length
 
+    def check_pipeline(self, parallel: ParallelConfig, data_parallel: int) -> None:
+        """Raise UserError when the micro-batches of a step cannot go through this pipeline.
+
+        With model chunks, as many of them as there are stages go through one chunk before the next.
+        """
+        count, stages = self.microbatches(data_parallel), parallel.pipeline
+        if parallel.virtual_pipeline and count % stages:
+            raise UserError(
+                f"global_batch_size={self.global_batch_size} makes {count} micro-batches per step, and "
+                f"parallel.virtual_pipeline needs a multiple of parallel.pipeline={stages}"
+            )
+
     def microbatches(self, data_parallel: int) -> int:
         """Micro-batches per step and rank. Raises UserError when the batch does not divide."""
         per_pass = self.micro_batch_size * data_parallel
