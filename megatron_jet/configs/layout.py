@@ -31,6 +31,11 @@ def check_layout(config: RunConfig, teacher: ModelConfig) -> None:
             training = getattr(settings, key, None)
             if training is None:
                 continue
+            if parallel.sequence_parallel and training.seq_length % parallel.tensor:
+                raise UserError(
+                    f"{stage}: sequence_parallel shares {key}.seq_length={training.seq_length} out over "
+                    f"parallel.tensor={parallel.tensor} ranks, which does not divide it"
+                )
             try:
                 _check_training(training, parallel, data_parallel, teacher)
             except UserError as error:
@@ -50,11 +55,6 @@ def _check_training(training: TrainingConfig, parallel: ParallelConfig, replicas
         raise UserError(
             f"seq_length={training.seq_length}: the teacher has {teacher.max_position_embeddings} positions, beyond "
             "which it teaches nothing"
-        )
-    if parallel.sequence_parallel and training.seq_length % parallel.tensor:
-        raise UserError(
-            f"seq_length={training.seq_length} is shared out by sequence_parallel over parallel.tensor={parallel.tensor} "
-            "ranks, which does not divide it"
         )
     training.check_pipeline(parallel, replicas)
     weights = training.loss.layer_weights
