@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import json
-import math
 import os
 import secrets
 from pathlib import Path
@@ -104,17 +103,8 @@ def measured_seconds(record: dict[str, Any]) -> float | None:
     """`measured.seconds` of a result or status; None where it has none that could be meant."""
     measured = record.get("measured")
     seconds = measured.get("seconds") if isinstance(measured, dict) else None
-    plain = isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 <= seconds < math.inf
+    plain = isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 <= seconds < 1e12
     return float(seconds) if plain else None
-
-
-def recorded_hash(path: Path) -> str | None:
-    """The `hash` of a small record beside some work: None when there is none, or nothing that such a record can be."""
-    try:
-        value = read_json_object(path).get("hash")
-    except UserError:
-        return None
-    return value if isinstance(value, str) else None
 
 
 def describe_json(value: Any) -> str:

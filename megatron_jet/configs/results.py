@@ -3,12 +3,15 @@
 Every figure that depends on a clock sits under a `measured` key; two runs of one config are equal outside of them.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from megatron_jet.configs.base import ResultModel
 from megatron_jet.configs.files import SCHEMA_VERSION
+from megatron_jet.configs.model import ModelConfig
+
+Context = Annotated[str, Field(pattern=r"^[0-9]{1,12}$")]  # length in tokens, as JSON has keys
 
 
 class Scores(ResultModel):
@@ -28,9 +31,18 @@ class Measured(ResultModel):
 
     seconds: float
     train_tokens_per_second: float | None = None
-    generation_tokens_per_second: dict[str, float] | None = Field(default=None, description="by context length")
-    prefill_tokens_per_second: dict[str, float] | None = Field(default=None, description="by context length")
+    generation_tokens_per_second: dict[Context, float] | None = Field(default=None, description="by context length")
+    prefill_tokens_per_second: dict[Context, float] | None = Field(default=None, description="by context length")
     extra: dict[str, Any] = Field(default_factory=dict)
+
+
+def _described(value: dict[str, Any]) -> dict[str, Any]:
+    """What is stored as a plain mapping is a model that can be read back."""
+    ModelConfig.parse(value)
+    return value
+
+
+StoredModel = Annotated[dict[str, Any], AfterValidator(_described)]
 
 
 class StageResult(ResultModel):
@@ -48,7 +60,7 @@ class PrepareResult(StageResult):
 
     teacher_path: str = Field(description="HF directory, or 'bundled:tiny', as in the config")
     teacher_checkpoint: str = Field(description="relative to the run directory")
-    teacher_config: dict[str, Any] = Field(description="ModelConfig")
+    teacher_config: StoredModel = Field(description="ModelConfig")
     data_path: str
     tokenizer_path: str
     teacher_hash: str = Field(description="of config.json and the weights")
@@ -135,7 +147,7 @@ class TrainStageResult(StageResult):
     """stage1 and stage2."""
 
     plan: tuple[str, ...]
-    model_config_: dict[str, Any] = Field(alias="model", description="ModelConfig")
+    model_config_: StoredModel = Field(alias="model", description="ModelConfig")
     checkpoint: str = Field(description="relative to the run directory")
     final_losses: dict[str, float]
     validation: list[dict[str, float]] = Field(description="step and held-out losses at each validation")
@@ -162,8 +174,8 @@ class EvaluateResult(StageResult):
     megatron: Scores = Field(description="the final model scored on the Megatron side; must equal `final`")
     teacher_params: int
     final_params: int
-    teacher_cache_bytes: dict[str, int] = Field(description="by context")
-    final_cache_bytes: dict[str, int] = Field(description="by context")
+    teacher_cache_bytes: dict[Context, int] = Field(description="by context")
+    final_cache_bytes: dict[Context, int] = Field(description="by context")
     teacher_measured: Measured
     final_measured: Measured
 

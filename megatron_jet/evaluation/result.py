@@ -8,6 +8,7 @@ from pydantic import Field
 from megatron_jet.configs.base import ResultModel
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import SCHEMA_VERSION, read_json
+from megatron_jet.configs.results import Scores
 
 
 class TaskResult(ResultModel):
@@ -62,10 +63,10 @@ def read_scores(path: str | Path) -> dict[str, float]:
     if isinstance(data, dict) and data.get("kind") == "evaluation":
         return EvaluationResult.parse(data, str(path)).scores()
     if isinstance(data, dict) and data.get("stage") == "evaluate" and "final" in data:
-        final = data["final"]
+        final = Scores.parse(data["final"], f"{path}: final")
         return {
             f"tiny_{name} {metric}": value
             for metric in ("accuracy", "loss")
-            for name, value in final.get(metric, {}).items()
+            for name, value in getattr(final, metric).items()
         }
     raise UserError(f"{path}: not a result of tools/evaluate.py nor of a run's evaluate stage")

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_jet.configs.candidates import candidate_names
 from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.files import hash_json, read_json, recorded_hash, write_json
+from megatron_jet.configs.files import hash_json, read_json, write_json
 from megatron_jet.configs.results import CandidateResult, StageResult, result_type
 from megatron_jet.configs.signals import Interrupted
 from megatron_jet.postnas.catalog import stage_named
@@ -94,7 +94,7 @@ def _look_up(ctx: StageContext, stage: Stage, directory: Path) -> tuple[str, Sta
 def _open_directory(directory: Path, inputs: dict[str, Any], digest: str, kept: tuple[str, ...]) -> None:
     """Keep unfinished work that belongs to these inputs; drop everything else."""
     record = directory / "inputs.json"
-    if record.exists() and recorded_hash(record) != digest:
+    if record.is_file() and read_json(record).get("hash") != digest:
         clear_directory(directory, keep=("log.txt", *kept))
     (directory / "result.json").unlink(missing_ok=True)
     write_json(record, {"hash": digest, "inputs": inputs})

@@ -19,7 +19,7 @@ from megatron_jet.configs.candidates import (
 )
 from megatron_jet.configs.cost import analytic_tokens_per_second, model_cost
 from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.files import hash_json, recorded_hash, write_json
+from megatron_jet.configs.files import hash_json, read_json, write_json
 from megatron_jet.configs.layer_plan import LayerPlan
 from megatron_jet.configs.mixers.base import MixerConfig
 from megatron_jet.configs.model import ModelConfig
@@ -152,7 +152,7 @@ class SelectionStage:
 def open_candidate(directory: Path, recipe: str) -> None:
     """Empty a candidate's directory when it belongs to another recipe. Rank 0 only."""
     record = directory / "recipe.json"
-    if record.exists() and recorded_hash(record) != recipe:
+    if record.is_file() and read_json(record).get("hash") != recipe:
         clear_directory(directory, keep=("log.txt", "status.json"))
     write_json(record, {"hash": recipe})
 

@@ -8,8 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.files import measured_seconds, read_json_object, write_json
+from megatron_jet.configs.files import read_json, write_json
 
 WRITE_EVERY = 1.0  # seconds; a file per training step would cost more than a small step
 LOSSES = ("loss", "feature", "kl", "cross_entropy")
@@ -36,8 +35,8 @@ class StageStatus:
 
     def begin(self) -> None:
         """Mark as running. Seconds of interrupted attempts are carried on."""
-        if self.path is not None:
-            self.seconds_before = _seconds_of(self.path)
+        if self.path is not None and self.path.is_file():
+            self.seconds_before = float(read_json(self.path).get("measured", {}).get("seconds", 0.0))
         self._row = {"pid": os.getpid(), "host": socket.gethostname(), "started": _now()}
         self._write("running")
 
@@ -77,14 +76,6 @@ class StageStatus:
         if self.path is not None:
             row = {"state": state, **self._row, "updated": _now(), "measured": {"seconds": self.seconds}}
             write_json(self.path, row)
-
-
-def _seconds_of(path: Path) -> float:
-    """Of the attempts before, as far as the file tells: progress is not worth failing for."""
-    try:
-        return measured_seconds(read_json_object(path)) or 0.0
-    except UserError:
-        return 0.0
 
 
 def _now() -> str:

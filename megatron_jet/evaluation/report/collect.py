@@ -132,7 +132,7 @@ def _comparison(result: EvaluateResult | None) -> dict[str, Any] | None:
     """Teacher and final side by side."""
     if result is None:
         return None
-    contexts = sorted(result.teacher_cache_bytes, key=int)
+    contexts = sorted(set(result.teacher_cache_bytes) & set(result.final_cache_bytes), key=int)
     return {
         "accuracy": _side_by_side(result.teacher, result.final, "accuracy"),
         "loss": _side_by_side(result.teacher, result.final, "loss"),
