@@ -12,7 +12,6 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / shelf) for shelf in (".", "kernels")]
 
 from megatron_jet.configs.command_line import output_file, positive, run_tool  # noqa: E402
-from megatron_jet.configs.errors import UserError  # noqa: E402
 from megatron_jet.configs.files import write_json  # noqa: E402
 from megatron_jet.configs.recipes.catalog import RECIPES, load_recipe  # noqa: E402
 
@@ -96,7 +95,7 @@ def choose_mixers(config, text: str | None) -> list[str]:
     wanted = text.split(",") if text else known
     for name in wanted:
         if name not in known:
-            raise UserError(f"--mixers: '{name}' is not in the recipe; it has {', '.join(known)}")
+            raise UsageError(f"--mixers: '{name}' is not in the recipe; it has {', '.join(known)}")
     return wanted
 
 
@@ -137,7 +136,7 @@ def measure(config, mixer: str, teacher, training, options: argparse.Namespace, 
         student = planned_student(config, teacher, mixer)
     model = teacher if mixer == "attn" else student
     if mixer not in model.layer_plan:
-        raise UserError(f"--layers {options.layers}: the recipe's placement budgets leave no layer for {mixer}")
+        raise UsageError(f"--layers {options.layers}: the recipe's placement budgets leave no layer for {mixer}")
     dtype = options.dtype or config.dtype
     job = bench_job(mixer, model, teacher, training, config.parallel, dtype, folder / mixer)
     times = time_steps(job)

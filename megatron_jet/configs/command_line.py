@@ -64,6 +64,14 @@ def positive(text: str) -> int:
     return value
 
 
+def seed(text: str) -> int:
+    """argparse type: a whole number of 32 bits, which every generator of random numbers takes."""
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and {2**32 - 1}")
+    return value
+
+
 def lengths(text: str) -> tuple[int, ...]:
     """argparse type: numbers above 0, separated by commas."""
     return tuple(positive(item) for item in text.split(","))

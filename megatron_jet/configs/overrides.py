@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.errors import UserError, usage_errors
 from megatron_jet.configs.run import RunConfig
 from megatron_jet.configs.yaml_loader import BoundedLoader, RefusedYaml, parse_yaml
 
@@ -37,6 +37,7 @@ def _looks_like_float(text: str) -> bool:
     return True
 
 
+@usage_errors()
 def apply_overrides(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
     """A validated copy of `config` with `key.sub=value` changes.
 
