@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / shelf) for shelf in (".", "kernels")]
 
 from megatron_jet.configs.command_line import output_file, positive, run_tool  # noqa: E402
+from megatron_jet.configs.errors import UsageError  # noqa: E402
 from megatron_jet.configs.files import write_json  # noqa: E402
 from megatron_jet.configs.recipes.catalog import RECIPES, load_recipe  # noqa: E402
 
@@ -90,7 +91,7 @@ def table(result):
 
 
 def choose_mixers(config, text: str | None) -> list[str]:
-    """The mixers asked for, or all of the recipe and the teacher's. Raises UserError for one that it does not have."""
+    """The mixers asked for, or all of the recipe and the teacher's. Raises UsageError for one that it does not have."""
     known = [*config.mixers, "attn"]
     wanted = text.split(",") if text else known
     for name in wanted:

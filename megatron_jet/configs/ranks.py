@@ -24,10 +24,10 @@ def environment_rank(environment: Mapping[str, str] = os.environ) -> tuple[int, 
     rank, size = found
     if not rank < size:
         raise UserError(f"RANK={rank} and WORLD_SIZE={size} in the environment do not fit; unset them, or use torchrun")
-    missing = [name for name in RANK_VARIABLES if name not in environment and not name.startswith("LOCAL")]
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "RANK") if name not in environment]
     if size > 1 and missing:
         raise UserError(
-            f"WORLD_SIZE is above 1 but {', '.join(missing)} not set; start the processes with torchrun, or unset "
+            f"WORLD_SIZE is above 1 but {missing[0]} is not set; start the processes with torchrun, or unset "
             "WORLD_SIZE where it was left over"
         )
     return rank, size
