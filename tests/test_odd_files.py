@@ -15,10 +15,10 @@ import pytest
 import yaml
 
 from fake_run import other_results, selections, training_stages, write_fake_run
-from jet_launcher.clean import removable
+from jet_launcher.clean import _named_checkpoints
 from jet_launcher.clusters import load_cluster
 from jet_launcher.commands import list_command
-from jet_launcher.forecast import earlier_seconds
+from jet_launcher.forecast import _seconds_taken
 from jet_launcher.prefetch import needed
 from jet_launcher.progress import describe, describe_end
 from jet_launcher.provenance import git_state, last_stages
@@ -121,8 +121,8 @@ def with_checkpoints(folder: Path) -> Path:
     return folder / "stages/stage1/result.json"
 
 
-def neighbour(folder: Path) -> None:
-    earlier_seconds(tiny(), folder.parent)
+def _seconds(folder: Path) -> None:
+    _seconds_taken(folder / "stages/stage1/result.json")
 
 
 def shown_status(folder: Path) -> None:
@@ -207,8 +207,8 @@ READERS = [
     Reader("weights index", safetensors_index, lambda f: needed(_with_teacher(f)), silent=True),
     Reader("scores", written("r.json", EVALUATION), scores),
     Reader("scores of a run", in_fake_run("stages/evaluate/result.json"), lambda f: _scores_of_run(f)),
-    Reader("neighbour", in_fake_run("stages/stage1/result.json"), neighbour, silent=True),
-    Reader("clean", with_checkpoints, lambda f: removable(RunDirectory(f), False), deep=False),
+    Reader("neighbour", in_fake_run("stages/stage1/result.json"), _seconds, silent=True),
+    Reader("clean", with_checkpoints, lambda f: _named_checkpoints(RunDirectory(f)), deep=False),
     *(
         Reader(f"result of {stage}", written("r.json", result.to_dict()), lambda f, stage=stage: _parse(stage, f))
         for stage, result in RESULTS.items()

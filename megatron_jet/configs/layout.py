@@ -4,7 +4,7 @@ from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.parameter_names import check_trainable, parameter_names
 from megatron_jet.configs.run import RunConfig
-from megatron_jet.configs.run_estimate import trained_models
+from megatron_jet.configs.run_estimate import planned_student, trained_models
 from megatron_jet.configs.training import ParallelConfig, TrainingConfig
 
 
@@ -17,12 +17,13 @@ def check_layout(config: RunConfig, teacher: ModelConfig) -> None:
     trained = trained_models(config, teacher)
     for stage in config.stages:
         settings = config.stage(stage)
-        if stage not in trained:
+        if getattr(settings, "training", None) is None:
             continue
+        models = trained.get(stage) or [planned_student(config, teacher)]  # a stage of the user's own: the student
         parallel = settings.resources.parallel or config.parallel
         processes = settings.resources.nodes * config.nproc
         try:
-            for model in (teacher, *trained[stage]):
+            for model in (teacher, *models):
                 model.check_parallel(parallel.tensor, parallel.pipeline, parallel.virtual_pipeline or 1)
             data_parallel = parallel.data_parallel(processes)
         except UserError as error:
@@ -42,7 +43,7 @@ def check_layout(config: RunConfig, teacher: ModelConfig) -> None:
                 where = f"{stage}.{key}.{error}"
                 raise UserError(f"{where} (nproc={config.nproc}, nodes={settings.resources.nodes})") from None
             choice = config.placement.linear if (stage, key) == ("placement", "training") else None
-            names = [parameter_names(model, choice) for model in trained[stage]]
+            names = [parameter_names(model, choice) for model in models]
             check_trainable(f"{stage}.{key}.trainable", training.trainable, names)
         most = max(config.placement.full_layers) if stage == "placement" else 0
         if most > teacher.num_layers:
