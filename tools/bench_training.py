@@ -65,13 +65,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def table(result):
     """The result for a terminal."""
     from rich.table import Table
+    from rich.text import Text
 
     settings = result["settings"]
     title = (
         f"{result['device']['name']} x {settings['world_size']}, {settings['dtype']}, {settings['stage']} of "
         f"{settings['recipe']}: {settings['seq_length']} tokens x {settings['global_batch_size']} sequences per step"
     )
-    grid = Table(title=title, title_justify="left")
+    grid = Table(title=Text(title), title_justify="left")
     for column in ("mixer", "layers", "parameters", "trained", "ms/step", "tokens/s", "TFLOP/s", "of peak", "memory"):
         grid.add_column(column, justify="left" if column in ("mixer", "layers") else "right")
     for row in result["rows"]:
