@@ -29,7 +29,7 @@ from jet_launcher.stage_status import read_stage, read_status, run_state
 from launcher.cluster_place import TEACHER
 from megatron_jet.configs.cluster import ClusterConfig
 from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.lock import lock_holder
+from megatron_jet.configs.lock import _read
 from megatron_jet.configs.overrides import dump_yaml
 from megatron_jet.configs.provenance import read_provenance
 from megatron_jet.configs.recipes.catalog import load_recipe
@@ -201,7 +201,7 @@ READERS = [
     Reader("remote", written("remote.json", REMOTE), lambda f: remote_of(RunDirectory(f))),
     Reader("git_state", written("git_state.json", {"revision": "r", "dirty": False}), git_state),
     Reader("status", written("stages/stage1/status.json", STATUS), shown_status, silent=True),
-    Reader("lock", written(".lock", LOCK), lambda f: lock_holder(f / ".lock"), silent=True),
+    Reader("lock", written(".lock", LOCK), lambda f: _read(f / ".lock"), silent=True),
     Reader("index", written("index.json", INDEX), read_index),
     Reader("teacher", written("config.json", TEACHER), lambda f: teacher_model(TeacherConfig(path=str(f)))),
     Reader("weights index", safetensors_index, lambda f: needed(_with_teacher(f)), silent=True),
