@@ -40,6 +40,8 @@ from megatron_jet.configs.teacher_source import teacher_model
 from megatron_jet.data.index import read_index
 
 SHA = "0" * 64
+# Keys of a run's config below which it looks as elsewhere, or has plain fields only (test_values.py walks those).
+ALIKE = {"new_block", "hardware_search", "stage1", "compare_training", "optimizer", "throughput"}
 INDEX = {
     "schema_version": 1,
     "vocab_size": 512,
@@ -258,8 +260,8 @@ def parts(content: Any, deep: bool) -> Iterator[Any]:
                 visit(item, [*path, key])
 
     visit(content, [])
-    for place in places:
-        for value in (None, "text", [], {}, -1, 1e999, 10**400, True, ["x"], {"x": None}, ...):
+    for place in (place for place in places if not set(place) & ALIKE):
+        for value in (None, "text", [], {}, -1, 1e999, 10**400, {"x": None}, ...):
             changed = copy.deepcopy(content)
             node = changed
             for key in place[:-1]:
