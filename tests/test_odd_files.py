@@ -53,7 +53,7 @@ INDEX = {
     "splits": {
         "train": {
             "sources": {"text": 10},
-            "shards": [{"path": "train/a.tar", "source": "text", "samples": 1, "tokens": 10, "sha256": SHA}],
+            "shards": [{"path": "train/text-000000.tar", "source": "text", "samples": 1, "tokens": 10, "sha256": SHA}],
             "longest": {"text": 3},
         }
     },
