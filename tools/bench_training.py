@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / shelf) for shelf in (".", "kernels")]
 
 from megatron_jet.configs.command_line import output_file, positive, run_tool  # noqa: E402
-from megatron_jet.configs.errors import UserError  # noqa: E402
+from megatron_jet.configs.errors import UsageError  # noqa: E402
 from megatron_jet.configs.files import write_json  # noqa: E402
 from megatron_jet.configs.recipes.catalog import RECIPES, load_recipe  # noqa: E402
 
@@ -65,13 +65,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def table(result):
     """The result for a terminal."""
     from rich.table import Table
+    from rich.text import Text
 
     settings = result["settings"]
     title = (
         f"{result['device']['name']} x {settings['world_size']}, {settings['dtype']}, {settings['stage']} of "
         f"{settings['recipe']}: {settings['seq_length']} tokens x {settings['global_batch_size']} sequences per step"
     )
-    grid = Table(title=title, title_justify="left")
+    grid = Table(title=Text(title), title_justify="left")
     for column in ("mixer", "layers", "parameters", "trained", "ms/step", "tokens/s", "TFLOP/s", "of peak", "memory"):
         grid.add_column(column, justify="left" if column in ("mixer", "layers") else "right")
     for row in result["rows"]:
@@ -91,12 +92,12 @@ def table(result):
 
 
 def choose_mixers(config, text: str | None) -> list[str]:
-    """The mixers asked for, or all of the recipe and the teacher's. Raises UserError for one that it does not have."""
+    """The mixers asked for, or all of the recipe and the teacher's. Raises UsageError for one that it does not have."""
     known = [*config.mixers, "attn"]
     wanted = text.split(",") if text else known
     for name in wanted:
         if name not in known:
-            raise UserError(f"--mixers: '{name}' is not in the recipe; it has {', '.join(known)}")
+            raise UsageError(f"--mixers: '{name}' is not in the recipe; it has {', '.join(known)}")
     return wanted
 
 
@@ -137,7 +138,7 @@ def measure(config, mixer: str, teacher, training, options: argparse.Namespace, 
         student = planned_student(config, teacher, mixer)
     model = teacher if mixer == "attn" else student
     if mixer not in model.layer_plan:
-        raise UserError(f"--layers {options.layers}: the recipe's placement budgets leave no layer for {mixer}")
+        raise UsageError(f"--layers {options.layers}: the recipe's placement budgets leave no layer for {mixer}")
     dtype = options.dtype or config.dtype
     job = bench_job(mixer, model, teacher, training, config.parallel, dtype, folder / mixer)
     times = time_steps(job)

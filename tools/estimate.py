@@ -47,7 +47,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--peak-tflops", type=float, default=H100_PEAK_TFLOPS, help="peak of one GPU (H100: 989)")
     parser.add_argument("--utilisation", type=float, default=DEFAULT_UTILISATION, help="share of the peak (0.35)")
     options = parser.parse_args(arguments)
-    if not (options.peak_tflops > 0 and 0 < options.utilisation <= 1):
+    if not (0 < options.peak_tflops < float("inf") and 0 < options.utilisation <= 1):
         parser.error("--peak-tflops must be above 0 and --utilisation between 0 and 1")
     return options
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_jet.configs.command_line import run_tool  # noqa: E402
+from megatron_jet.configs.command_line import run_tool, seed  # noqa: E402
 
 EXAMPLE = """example:
   OMP_NUM_THREADS=1 python tools/train_teacher.py runs/teacher --minutes 50
@@ -23,12 +23,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("out", type=Path, metavar="OUT_DIR")
     parser.add_argument("--minutes", type=float, default=50, metavar="N", help="processor time (default 50)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of weights and batches (default 0)")
+    parser.add_argument("--seed", type=seed, default=0, metavar="S", help="of weights and batches (default 0)")
     parser.add_argument("--resume", action="store_true", help="go on from OUT_DIR's last checkpoint")
     parser.add_argument("--publish", action="store_true", help="write model/ from the last checkpoint, train nothing")
     parser.add_argument("--note", default="", metavar="TEXT", help="a remark on the run for the model's card")
     args = parser.parse_args(argv)
-    if not args.minutes > 0:
+    if not 0 < args.minutes < float("inf"):
         parser.error("--minutes must be above 0")
 
     import torch

@@ -6,8 +6,9 @@ from pathlib import Path
 from jet_launcher.run_directory import RunDirectory
 from jet_launcher.stage_status import DONE, read_run
 from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.files import read_json
+from megatron_jet.configs.files import read_json_object
 from megatron_jet.configs.lock import lock_holder
+from megatron_jet.configs.results import result_type
 
 
 def removable(run: RunDirectory, everything: bool) -> list[Path]:
@@ -18,7 +19,7 @@ def removable(run: RunDirectory, everything: bool) -> list[Path]:
             names (later stages start from them).
 
     Raises:
-        UserError: somebody works in the run directory.
+        UserError: somebody works in the run directory, or a result does not say what it needs.
     """
     holder = lock_holder(run.lock_file)
     if holder is not None:
@@ -29,11 +30,12 @@ def removable(run: RunDirectory, everything: bool) -> list[Path]:
     kept = _named_checkpoints(run)
     found = []
     for status in read_run(run):
-        if status.state != DONE:
+        folder = run.stage(status.stage)
+        if status.state != DONE or (_checkpoint_keys(status.stage) and not (folder / "result.json").exists()):
             continue
-        for folder in sorted(run.stage(status.stage).rglob("checkpoints")):
-            if folder.is_dir():
-                found += _outside(folder, kept)
+        for checkpoints in sorted(folder.rglob("checkpoints")):
+            if checkpoints.is_dir():
+                found += _outside(checkpoints, kept)
     return found
 
 
@@ -54,14 +56,29 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
+def _checkpoint_keys(stage: str) -> list[str]:
+    """Keys of a stage's result that name a checkpoint."""
+    return [key for key in result_type(stage).model_fields if key.endswith("checkpoint")]
+
+
 def _named_checkpoints(run: RunDirectory) -> list[Path]:
-    """Every path in the results that exists in the run directory."""
+    """Every path in the results that exists in the run directory.
+
+    Raises:
+        UserError: a result that does not name a checkpoint which is there, as its stage wrote it: nobody can say then
+            which ones it needs.
+    """
     kept = []
-    for result in run.path.glob("stages/*/result.json"):
-        for value in _strings(read_json(result)):
-            path = run.path / value
-            if value and not Path(value).is_absolute() and path.exists():
-                kept.append(path.resolve())
+    for path in run.path.glob("stages/*/result.json"):
+        result = read_json_object(path)
+        for key in _checkpoint_keys(path.parent.name):
+            named = result.get(key)
+            if not isinstance(named, str) or not named or not (run.path / named).exists():
+                raise UserError(f"{path}: {key} names no checkpoint that is there; nothing is removed. Repair the file")
+        for value in _strings(result):
+            there = run.path / value
+            if value and not Path(value).is_absolute() and there.exists():
+                kept.append(there.resolve())
     return kept
 
 

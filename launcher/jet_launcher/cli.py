@@ -1,6 +1,5 @@
 """The command line of launcher/postnas.py. The work is imported when a command runs, so that --help answers at once."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -130,16 +129,16 @@ def clean(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. Returns the exit code; prints one `error:` line for bad input."""
-    from jet_launcher.exit_codes import FAILED, USAGE
-    from jet_launcher.usage import UsageError
-    from megatron_jet.configs.errors import UserError
+    """Run one command. Returns the exit code; prints one `error:` line for bad input and for what the file system
+    refuses."""
+    from megatron_jet.configs.command_line import run_tool
 
+    return run_tool(lambda: _run(arguments))
+
+
+def _run(arguments: list[str] | None) -> int:
     try:
         app(args=arguments, prog_name="postnas.py")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USAGE if isinstance(error, UsageError) else FAILED
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0

@@ -12,15 +12,22 @@ from jet_launcher.forecast import check_space, disk_needed
 from jet_launcher.options import LaunchOptions, check_inputs, data_notes, inputs_problem
 from jet_launcher.prefetch import refuse_missing
 from jet_launcher.remote import launch_remotely
-from jet_launcher.run_directory import RunDirectory, check_directory, check_upstream_results, open_run, safe_name
+from jet_launcher.run_directory import (
+    RunDirectory,
+    check_directory,
+    check_upstream_results,
+    opened,
+    plan_run,
+    safe_name,
+)
 from jet_launcher.slurm.launch import Target, dry_run, live_jobs, node_path, submit_run, wait_for
 from jet_launcher.slurm.overview import run_word, shown_views
 from jet_launcher.slurm.record import read_record
 from jet_launcher.slurm.scripts import check_mounts
 from jet_launcher.slurm.taken import Interrupted
-from jet_launcher.usage import UsageError, usage_errors
 from megatron_jet.configs.cluster import TunnelConfig
-from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.errors import UsageError, UserError, usage_errors
+from megatron_jet.configs.layout import check_layout
 from megatron_jet.configs.run import RunConfig
 from megatron_jet.configs.run_estimate import estimate_run
 from megatron_jet.configs.teacher_source import expand_paths, teacher_model
@@ -78,8 +85,7 @@ def launch_on_cluster(
         refuse_missing(config)
     check_inputs(config)
     check_upstream_results(config, stages, options.output)
-    run = open_run(config, options.output, root)
-    _make_findable(run, options.root)
+    run = plan_run(config, options.output, root)
     return continue_on_cluster(run, config, stages, options, target)
 
 
@@ -95,16 +101,20 @@ def continue_on_cluster(
         raise UsageError(f"{run.id} is here, but cluster '{target.name}' is behind SSH; start a new run there")
     stream = sys.stderr if options.as_json else sys.stdout
     check_upstream_results(config, stages, run.path)
-    teacher = check_inputs(config)
+    teacher, new = check_inputs(config), not run.config_file.exists()
     todo = [stage for stage in stages if not (run.stage(stage) / "result.json").is_file()]
     check_space(disk_needed(estimate_run(config, teacher), todo), run)
     for note in data_notes(config, todo):
         print(f"note: {note}", file=stream)
     try:
-        record = submit_run(run, config, teacher, stages, target, stream)
+        with opened(run, config):
+            record = submit_run(run, config, teacher, stages, target, stream)
     except Interrupted as error:
         print(f"error: {error}", file=sys.stderr)
         return INTERRUPTED
+    finally:
+        if new and run.config_file.exists():
+            _make_findable(run, options.root)
     code = wait_for(run, stream) if options.wait else DONE
     if options.as_json:
         views, silence = shown_views(run, record)
@@ -128,11 +138,14 @@ def _dry_run(config: RunConfig, stages: tuple[str, ...], options: LaunchOptions,
         check_mounts(config, target.cluster)
     except UserError as error:
         missing = str(error)
+    with usage_errors():
+        teacher = teacher_model(config.teacher)
+        check_layout(config, teacher)
     output = options.output or root / f"{safe_name(config.recipe)}-TIME"
     run = RunDirectory(output)
     if options.output is not None:
         check_directory(config, run)
-    return dry_run(run, config, teacher_model(config.teacher), stages, target, options.as_json, missing)
+    return dry_run(run, config, teacher, stages, target, options.as_json, missing)
 
 
 def _make_findable(run: RunDirectory, root: Path) -> None:

@@ -4,15 +4,16 @@ import difflib
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from jet_launcher.usage import usage_errors
 from megatron_jet.configs.cluster import ClusterConfig, TunnelConfig
-from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.errors import UserError, usage_errors
 from megatron_jet.configs.overrides import load_yaml
+from megatron_jet.configs.yaml_loader import BoundedLoader
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "slurm" / "clusters"
@@ -21,7 +22,7 @@ _VARIABLE = re.compile(r"\$(\$?)\{([^}]*)\}")
 _SHELL_FIELDS = (("setup",), ("preflight", "command"))
 
 
-class _AsWritten(yaml.SafeLoader):
+class _AsWritten(BoundedLoader):
     """Every value is the text that the file shows, and the field decides what it means.
 
     YAML itself reads the account 010203 as 4227, the time 12:30 as 750 and the version 1.10 as 1.1.
@@ -31,18 +32,6 @@ class _AsWritten(yaml.SafeLoader):
         first: [(tag, form) for tag, form in resolvers if tag.endswith((":null", ":merge"))]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Keys that stand there twice are an error; YAML would take the last one."""
-        seen = set()
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            if not isinstance(key, yaml.ScalarNode) or key.tag.endswith(":merge"):
-                continue
-            if key.value in seen:
-                line = key.start_mark.line + 1
-                raise yaml.constructor.ConstructorError(problem=f"'{key.value}' is given twice, again in line {line}")
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 @usage_errors()
@@ -103,7 +92,8 @@ def known_clusters(environment: Mapping[str, str] = os.environ) -> dict[str, Pat
     """Cluster files by name; the user's own hide shipped ones of the same name."""
     found: dict[str, Path] = {}
     for folder in (SHIPPED, user_folder(environment)):
-        found.update({path.stem: path for path in sorted(folder.glob("*.yaml"))})
+        with suppress(PermissionError):  # in containers HOME may be somebody else's
+            found.update({path.stem: path for path in sorted(folder.glob("*.yaml"))})
     return found
 
 

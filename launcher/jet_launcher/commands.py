@@ -26,6 +26,7 @@ from jet_launcher.stage_status import DONE as STAGE_DONE
 from jet_launcher.stage_status import RUNNING, read_run, run_state
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.estimate_text import format_bytes, table
+from megatron_jet.configs.files import os_error_line
 from megatron_jet.configs.lock import lock_holder
 
 CANCEL_TIMEOUT = 600.0  # seconds a worker may take to save
@@ -41,11 +42,10 @@ def list_command(root: Path, as_json: bool) -> int:
                 state = state_of(run, ask_slurm=not silence)
             except NoAnswer as error:
                 state, silence = UNKNOWN, error.reason
-        except UserError as error:
-            # One run of an older version must not hide the others.
-            rows.append(
-                {"id": run.id, "recipe": None, "state": "unreadable", "done": 0, "stages": 0, "error": str(error)}
-            )
+        except (UserError, OSError) as error:
+            # One run of an older version, or of somebody who lets nobody in, must not hide the others.
+            why = os_error_line(error) if isinstance(error, OSError) else str(error)
+            rows.append({"id": run.id, "recipe": None, "state": "unreadable", "done": 0, "stages": 0, "error": why})
             continue
         done = sum(status.state == STAGE_DONE for status in statuses)
         updated = max((status.updated or 0.0 for status in statuses), default=0.0)

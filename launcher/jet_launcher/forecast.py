@@ -1,4 +1,4 @@
-"""Before a run starts: does it fit, on the disk and in the layout, and about how long will it take."""
+"""Before a run starts: does it fit on the disk, and about how long will it take."""
 
 import shutil
 import time
@@ -11,10 +11,10 @@ from jet_launcher.provenance import gpus
 from jet_launcher.run_directory import RunDirectory, list_runs
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.estimate_text import format_bytes, format_seconds
-from megatron_jet.configs.files import read_json
+from megatron_jet.configs.files import measured_seconds, read_json_object
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.run import RunConfig
-from megatron_jet.configs.run_estimate import RunEstimate, StageEstimate, estimate_run, planned_student
+from megatron_jet.configs.run_estimate import RunEstimate, StageEstimate, estimate_run
 
 # Dense bf16 TFLOP/s by a word in the GPU's name.
 GPU_PEAKS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0, "L40": 181.0}
@@ -44,35 +44,6 @@ class Forecast:
         )
 
 
-def check_layout(config: RunConfig, teacher: ModelConfig) -> None:
-    """Raise one UserError when teacher or student cannot be laid out, a batch does not divide, or sequences are longer
-    than the teacher has positions."""
-    student = planned_student(config, teacher)
-    for stage in config.stages:
-        settings = config.stage(stage)
-        training = getattr(settings, "training", None)
-        if training is None:
-            continue
-        if training.seq_length > teacher.max_position_embeddings:
-            raise UserError(
-                f"{stage}.training.seq_length={training.seq_length}: the teacher has "
-                f"{teacher.max_position_embeddings} positions, beyond which it teaches nothing"
-            )
-        resources = settings.resources
-        parallel = resources.parallel or config.parallel
-        for model in (teacher, student):
-            model.check_parallel(parallel.tensor, parallel.pipeline)
-        if parallel.sequence_parallel and training.seq_length % parallel.tensor:
-            raise UserError(
-                f"{stage}: sequence_parallel shares training.seq_length={training.seq_length} out over "
-                f"parallel.tensor={parallel.tensor} ranks, which does not divide it"
-            )
-        try:
-            training.microbatches(parallel.data_parallel(resources.nodes * config.nproc))
-        except UserError as error:
-            raise UserError(f"{stage}: {error} (nproc={config.nproc}, nodes={resources.nodes})") from None
-
-
 def forecast(
     config: RunConfig, teacher: ModelConfig, stages: tuple[str, ...], run: RunDirectory, root: Path
 ) -> Forecast:
@@ -84,7 +55,7 @@ def forecast(
     peak = device_tflops()
     estimate = estimate_run(config, teacher, peak_tflops=peak, utilisation=CPU_UTILISATION)
     by_name = {stage.stage: stage for stage in estimate.stages}
-    earlier = measured_seconds(config, root)
+    earlier = earlier_seconds(config, root)
     todo = [stage for stage in stages if not (run.stage(stage) / "result.json").is_file()]
     if todo and all(stage in earlier for stage in todo):
         seconds, basis = sum(earlier[stage] for stage in todo), "as in an earlier run"
@@ -136,23 +107,31 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def measured_seconds(config: RunConfig, root: Path) -> dict[str, float]:
+def earlier_seconds(config: RunConfig, root: Path) -> dict[str, float]:
     """Seconds per stage of the newest run under `root` with the same recipe, processes and stage settings."""
     found: dict[str, float] = {}
     for run in list_runs(root):
         try:
-            other = run.config()
-        except UserError:
-            continue  # a run of another version; its config no longer parses
+            other, results = run.config(), list(run.path.glob("stages/*/result.json"))
+        except (UserError, OSError):
+            continue  # of another version, whose config no longer parses, or of somebody who lets nobody in
         if (other.recipe, other.nproc) != (config.recipe, config.nproc):
             continue
-        for path in run.path.glob("stages/*/result.json"):
+        for path in results:
             stage = path.parent.name
             if stage in (*OTHER_STAGE_SECONDS, *config.stages) and other.stage(stage) == config.stage(stage):
-                seconds = read_json(path).get("measured", {}).get("seconds")
+                seconds = _seconds_taken(path)
                 if seconds is not None:
-                    found[stage] = float(seconds)
+                    found[stage] = seconds
     return found
+
+
+def _seconds_taken(path: Path) -> float | None:
+    """Of another run's stage. Its files may be anything; this run starts all the same."""
+    try:
+        return measured_seconds(read_json_object(path))
+    except UserError:
+        return None
 
 
 def device_tflops() -> float:

@@ -11,7 +11,7 @@ from jet_launcher.cluster_launch import (
     refuse_live_jobs,
 )
 from jet_launcher.exit_codes import DONE
-from jet_launcher.forecast import Forecast, check_disk, check_layout, forecast
+from jet_launcher.forecast import Forecast, check_disk, forecast
 from jet_launcher.local import Outcome, run_local, shown_id
 from jet_launcher.options import LaunchOptions, check_inputs, data_notes, inputs_problem
 from jet_launcher.processes import worker_command
@@ -24,14 +24,14 @@ from jet_launcher.run_directory import (
     check_upstream_results,
     choose_stages,
     find_run,
-    open_run,
+    opened,
+    plan_run,
     safe_name,
 )
 from jet_launcher.stage_status import read_run, run_state
-from jet_launcher.usage import usage_errors
-from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.errors import UserError, usage_errors
 from megatron_jet.configs.estimate_text import model_text, run_text
-from megatron_jet.configs.files import describe_os_error
+from megatron_jet.configs.layout import check_layout
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.overrides import apply_overrides
 from megatron_jet.configs.recipes.catalog import load_recipe
@@ -60,7 +60,7 @@ def launch(recipe: str, overrides: list[str], options: LaunchOptions) -> int:
         config = expand_paths(config)
     teacher = check_inputs(config)
     check_upstream_results(config, stages, options.output)
-    run = open_run(config, options.output, options.root)
+    run = plan_run(config, options.output, options.root)
     return execute(run, config, teacher, stages, options)
 
 
@@ -83,32 +83,30 @@ def resume(run_id: str, options: LaunchOptions) -> int:
 def execute(
     run: RunDirectory, config: RunConfig, teacher: ModelConfig, stages: tuple[str, ...], options: LaunchOptions
 ) -> int:
-    """Run stages in an existing run directory. Returns the exit code."""
+    """Run stages in a run directory, which is made if need be. Returns the exit code."""
     expected = forecast(config, teacher, stages, run, options.root)
     check_disk(expected, run)
+    notes = data_notes(config, stages)
     # A program reads stdout under --json; people still see progress on stderr.
     stream = sys.stderr if options.as_json else sys.stdout
-    try:
-        with run.locked():
-            refuse_live_jobs(run)
-            record_launch(run, config, stages)
-            _announce(run, stages, expected, stream)
-            for note in data_notes(config, stages):
-                print(f"note: {note}", file=stream, flush=True)
-            display = make_display(stream)
-            try:
-                outcome = run_local(run, stages, config.nproc, display)
-            finally:
-                display.close()
-    except OSError as error:
-        raise UserError(describe_os_error(error, run.path)) from None
+    with opened(run, config), run.locked():
+        refuse_live_jobs(run)
+        record_launch(run, config, stages)
+        _announce(run, stages, expected, notes, stream)
+        display = make_display(stream)
+        try:
+            outcome = run_local(run, stages, config.nproc, display)
+        finally:
+            display.close()
     _conclude(run, stages, outcome, options.as_json, stream)
     return outcome.exit_code
 
 
-def _announce(run: RunDirectory, stages: tuple[str, ...], expected: Forecast, stream) -> None:
+def _announce(run: RunDirectory, stages: tuple[str, ...], expected: Forecast, notes: list[str], stream) -> None:
     print(f"run {shown_id(run)}: {', '.join(stages)}", file=stream)
     print(f"forecast: {expected.line()}", file=stream, flush=True)
+    for note in notes:
+        print(f"note: {note}", file=stream, flush=True)
 
 
 def _conclude(run: RunDirectory, stages: tuple[str, ...], outcome: Outcome, as_json: bool, stream) -> None:

@@ -6,8 +6,7 @@ from typing import TextIO
 
 from jet_launcher.run_directory import RunDirectory
 from jet_launcher.stage_status import PENDING, read_run
-from jet_launcher.usage import usage_errors
-from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.errors import UserError, usage_errors
 from megatron_jet.configs.lock import lock_holder
 
 POLL_SECONDS = 0.3

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jet_launcher.forecast import check_layout
-from jet_launcher.usage import usage_errors
-from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.errors import UserError, usage_errors
+from megatron_jet.configs.layout import check_layout
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.run import RunConfig
 from megatron_jet.configs.teacher_source import resolve_teacher, teacher_model, tokenizer_directory
@@ -39,10 +38,10 @@ def check_inputs(config: RunConfig) -> ModelConfig:
     resolve_teacher(config.teacher)
     teacher = teacher_model(config.teacher)
     check_layout(config, teacher)
+    tokenizer = tokenizer_directory(config.teacher)
     if config.data.path != "bundled":
         if not (Path(config.data.path) / "index.json").is_file():
             raise UserError(f"data.path={config.data.path}: no index.json there; make it with tools/prepare_data.py")
-        tokenizer = tokenizer_directory(config.teacher)
         check_data(config, read_index(config.data.path), teacher, tokenizer)
     return teacher
 

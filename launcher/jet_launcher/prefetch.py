@@ -4,9 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from jet_launcher.usage import usage_errors
-from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.files import read_json
+from megatron_jet.configs.errors import UserError, usage_errors
+from megatron_jet.configs.files import read_json_object
 from megatron_jet.configs.run import RunConfig
 from megatron_jet.configs.teacher_source import BUNDLED
 
@@ -107,5 +106,10 @@ def _complete(path: Path, marker: str) -> bool:
     index = path / "model.safetensors.index.json"
     if not index.is_file():
         return False  # a download that stopped after the small files
-    shards = set(read_json(index).get("weight_map", {}).values())
-    return bool(shards) and all((path / shard).is_file() for shard in shards)
+    try:
+        shards = read_json_object(index).get("weight_map")
+    except UserError:
+        return False  # a download that stopped inside of it
+    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+        return False
+    return bool(shards) and all((path / shard).is_file() for shard in set(shards.values()))

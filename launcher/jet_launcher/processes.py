@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from megatron_jet.configs.ranks import RANK_VARIABLES
+
 TOKEN_VARIABLE = "JET_RUN_TOKEN"
 _PR_SET_PDEATHSIG = 1
 
@@ -81,6 +83,8 @@ class WorkerProcesses:
 def worker_environment(nproc: int, root: Path, base: dict[str, str] | None = None) -> dict[str, str]:
     """Environment of the worker: this checkout importable, unbuffered output, threads shared among the ranks."""
     environment = dict(os.environ if base is None else base)
+    for name in RANK_VARIABLES:  # of another job's shell; torchrun sets its own
+        environment.pop(name, None)
     paths = [str(root), str(root / "kernels"), str(root / "launcher")]
     environment["PYTHONPATH"] = os.pathsep.join(paths + [p for p in (environment.get("PYTHONPATH"),) if p])
     environment["PYTHONUNBUFFERED"] = "1"

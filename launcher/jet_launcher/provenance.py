@@ -46,7 +46,7 @@ def record_launch(run: RunDirectory, config: RunConfig, stages: tuple[str, ...])
 def last_stages(run: RunDirectory) -> str | None:
     """The stages of the last launch, as --stages takes them; None when there was none."""
     launches = run.provenance().get("launches", [])
-    return ",".join(launches[-1]["stages"]) if launches else None
+    return ",".join(launches[-1].get("stages", [])) or None if launches else None
 
 
 def git_state(root: Path) -> dict[str, Any]:

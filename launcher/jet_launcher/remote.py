@@ -19,15 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import Field
 
 from jet_launcher.options import LaunchOptions
 from jet_launcher.provenance import git_state
 from jet_launcher.run_directory import RunDirectory, safe_name
 from jet_launcher.slurm.package import code_digest, code_files
-from jet_launcher.usage import UsageError
+from megatron_jet.configs.base import StrictModel
 from megatron_jet.configs.cluster import TunnelConfig
-from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.files import read_json, write_json, write_text
+from megatron_jet.configs.errors import UsageError, UserError
+from megatron_jet.configs.files import SCHEMA_VERSION, read_json, write_json, write_text
 from megatron_jet.configs.overrides import dump_yaml
 from megatron_jet.configs.run import RunConfig
 
@@ -56,13 +57,22 @@ class RemoteRun:
         return _launcher(self.tunnel, self.code, [command, self.path, *arguments])
 
 
+class _Record(StrictModel):
+    """remote.json."""
+
+    schema_version: int = SCHEMA_VERSION
+    tunnel: TunnelConfig
+    path: str = Field(min_length=1)
+    code: str = Field(min_length=1)
+
+
 def remote_of(run: RunDirectory) -> RemoteRun | None:
     """Where a run really is; None when it is here."""
     path = run.path / "remote.json"
     if not path.is_file():
         return None
-    data = read_json(path)
-    return RemoteRun(TunnelConfig.parse(data["tunnel"]), data["path"], data["code"])
+    record = _Record.parse(read_json(path), str(path))
+    return RemoteRun(record.tunnel, record.path, record.code)
 
 
 def launch_remotely(

@@ -1,17 +1,18 @@
 """A run directory: making one, continuing one, finding one by its ID."""
 
 import re
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jet_launcher.usage import usage_errors
-from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.files import describe_os_error, read_json, write_text
+from megatron_jet.configs.errors import UserError, usage_errors
+from megatron_jet.configs.files import describe_os_error, write_text
 from megatron_jet.configs.lock import exclusive
 from megatron_jet.configs.overrides import dump_yaml, load_yaml
+from megatron_jet.configs.provenance import read_provenance
 from megatron_jet.configs.run import RunConfig
 from megatron_jet.configs.stages import STAGE_ORDER
 from megatron_jet.configs.upstream import check_upstream
@@ -63,28 +64,63 @@ class RunDirectory:
         return RunConfig.parse(load_yaml(self.config_file), str(self.config_file))
 
     def provenance(self) -> dict[str, Any]:
-        """provenance.json, or an empty one when the run has none."""
-        return read_json(self.provenance_file) if self.provenance_file.is_file() else {"launches": []}
+        """provenance.json, or an empty one when the run has none. Raises UserError when it is something else."""
+        return read_provenance(self.provenance_file)
 
 
-def open_run(config: RunConfig, output: Path | None, root: Path = DEFAULT_ROOT) -> RunDirectory:
-    """Make the directory of a run, or continue the one that is there.
+def plan_run(config: RunConfig, output: Path | None, root: Path = DEFAULT_ROOT) -> RunDirectory:
+    """The directory that a run will have, or goes on in. Writes nothing.
 
     Args:
-        output: the directory; None makes `root/<recipe>-<time>`.
+        output: the directory; None plans `root/<recipe>-<time>`.
 
     Raises:
-        UserError: `output` holds something else, or a run whose config differs (the differing keys are named); or it
-            cannot be written.
+        UserError: `output` holds something else, or a run whose config differs (the differing keys are named).
     """
     run = RunDirectory(output if output is not None else _new_path(config, root))
     check_directory(config, run)
-    try:
-        if not run.config_file.exists():
-            write_text(run.config_file, dump_yaml(config))
-    except OSError as error:
-        raise UserError(describe_os_error(error, run.path)) from None
     return run
+
+
+@contextmanager
+def opened(run: RunDirectory, config: RunConfig) -> Iterator[None]:
+    """Make a planned directory with its config.yaml for a block that starts the run.
+
+    Where the block raises before anything else lies in the directory, what was made goes again: a refused start leaves
+    nothing behind.
+
+    Raises:
+        UserError: the directory cannot be written.
+    """
+    new = not run.config_file.exists()
+    missing = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
+    try:
+        if new:
+            write_text(run.config_file, dump_yaml(config))
+        yield
+    except BaseException as error:
+        if new:
+            _take_back(run, missing)
+        if isinstance(error, OSError):
+            raise UserError(describe_os_error(error, run.path)) from None
+        raise
+
+
+def _take_back(run: RunDirectory, folders: list[Path]) -> None:
+    """Remove config.yaml and lock file of a run that never started, and the folders made for them, if empty."""
+    if run.path.is_dir() and {path.name for path in run.path.iterdir()} <= {"config.yaml", run.lock_file.name}:
+        run.config_file.unlink(missing_ok=True)
+        run.lock_file.unlink(missing_ok=True)
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def open_run(config: RunConfig, output: Path | None, root: Path = DEFAULT_ROOT) -> RunDirectory:
+    """Make the directory of a run, or continue the one that is there. Raises UserError as `plan_run` and `opened`."""
+    run = plan_run(config, output, root)
+    with opened(run, config):
+        return run
 
 
 @usage_errors()
@@ -129,17 +165,27 @@ def find_run(run_id: str, root: Path = DEFAULT_ROOT) -> RunDirectory:
         UserError: there is none.
     """
     for path in (Path(run_id), root / run_id):
-        if (path / "config.yaml").is_file():
-            return RunDirectory(path)
+        try:
+            if (path / "config.yaml").is_file():
+                return RunDirectory(path)
+        except (OSError, ValueError) as error:  # a folder that others may not enter, a name that no file can have
+            raise UserError(f"{str(path)[:200]}: {getattr(error, 'strerror', None) or error}") from None
     known = [run.id for run in list_runs(root)]
     hint = f"; known: {', '.join(known[-5:])}" if known else ""
     raise UserError(f"no run '{run_id}' here or in {root}/{hint}")
 
 
 def list_runs(root: Path = DEFAULT_ROOT) -> list[RunDirectory]:
-    """Runs under `root`, oldest first."""
-    configs = sorted(root.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
-    return [RunDirectory(path.parent) for path in configs]
+    """Runs under `root`, oldest first; before them, folders that may be runs but that this user may not enter."""
+    found = []
+    for entry in sorted(root.iterdir()) if root.is_dir() else []:
+        try:
+            found.append(((entry / "config.yaml").stat().st_mtime, entry))
+        except PermissionError:
+            found.append((0.0, entry))
+        except OSError:
+            continue  # no run, or it was removed this moment
+    return [RunDirectory(path) for _, path in sorted(found)]
 
 
 @usage_errors()

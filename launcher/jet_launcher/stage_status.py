@@ -10,7 +10,7 @@ from typing import Any
 
 from jet_launcher.run_directory import RunDirectory
 from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.files import read_json
+from megatron_jet.configs.files import measured_seconds, read_json_object
 from megatron_jet.configs.lock import LockHolder, lock_holder
 from megatron_jet.configs.stages import STAGE_ORDER
 
@@ -85,24 +85,50 @@ def read_status(path: Path, name: str) -> StageStatus:
     if not path.is_file():
         return StageStatus(name)
     try:
-        return StageStatus(**{**_fields(read_json(path)), "stage": name})
-    except (UserError, TypeError, ValueError, AttributeError):
+        data = read_json_object(path)
+    except UserError:
         # The file is replaced while we read, or a newer version writes it. Progress is not worth failing for.
         return StageStatus(name)
+    if data.get("state") not in (RUNNING, DONE, FAILED, INTERRUPTED):
+        return StageStatus(name)
+    return StageStatus(name, data["state"], seconds=measured_seconds(data) or 0.0, **_fields(data))
 
 
 def _fields(data: dict[str, Any]) -> dict[str, Any]:
-    """Fields of StageStatus out of a status.json."""
-    fields = {key: data[key] for key in StageStatus.__dataclass_fields__ if data.get(key) is not None}
-    for key in ("started", "updated"):
-        if key in fields:
-            fields[key] = datetime.fromisoformat(fields[key]).timestamp()
-    return {
-        **fields,
-        "phase": data.get("job") or "",
+    """What a status.json says beside the state, as far as it can be meant."""
+    found = {
+        "phase": data.get("job"),
         "error": data.get("message"),
-        "seconds": float(data.get("measured", {}).get("seconds", 0.0)),
+        "host": data.get("host"),
+        "losses": data.get("losses"),
+        **{key: data.get(key) for key in ("step", "total_steps", "first_step", "pid")},
+        **{key: data.get(key) for key in ("first_step_at", "tokens_per_second")},
+        **{key: _moment(data.get(key)) for key in ("started", "updated")},
     }
+    return {key: value for key, value in found.items() if value is not None and _KINDS[key](value)}
+
+
+def _moment(text: Any) -> float | None:
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+_KINDS = {
+    **dict.fromkeys(("phase", "error", "host"), lambda value: isinstance(value, str)),
+    **dict.fromkeys(("step", "total_steps", "first_step", "pid"), _is_count),
+    **dict.fromkeys(("first_step_at", "tokens_per_second", "started", "updated"), _is_number),
+    "losses": lambda value: isinstance(value, dict) and all(_is_number(loss) for loss in value.values()),
+}
 
 
 def read_run(run: RunDirectory, stages: tuple[str, ...] | None = None) -> list[StageStatus]:

@@ -125,7 +125,7 @@ OneCluster = Annotated[str, BeforeValidator(_as_text), AfterValidator(_one_clust
 Constraint = Annotated[str, BeforeValidator(_as_text), AfterValidator(_constraint)]
 NodeList = Annotated[str, BeforeValidator(_as_text), AfterValidator(_node_list)]
 AbsolutePath = Annotated[str, AfterValidator(_absolute)]
-Count = Annotated[int, BeforeValidator(_as_number)]
+Count = Annotated[int, BeforeValidator(_as_number), Field(lt=2**31)]
 
 
 class ContainerConfig(StrictModel):

@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import errno
+import io
 import os
 import sys
 import tempfile
@@ -9,34 +11,49 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.files import os_error_line
 
 DONE, FAILED, INTERRUPTED = 0, 1, 75
 
 
 def run_tool(main: Callable[[], int], interrupted: str = "interrupted") -> int:
-    """Call a script's main. What a user can repair is one line on stderr, not a traceback.
+    """Call a program's main. What a user can repair is one line on stderr, not a traceback.
 
     Args:
         main: the script's work.
         interrupted: what to say after Ctrl-C.
 
     Returns:
-        Its exit code; 1 after an error, 75 after Ctrl-C.
+        Its exit code; the error's own (1, or 2 where it is about what was asked for) after an error, 75 after Ctrl-C.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no error
     try:
-        return main()
+        code = main()
+        sys.stdout.flush()
+        return code
     except UserError as error:
-        message, code = str(error), FAILED
-    except BrokenPipeError:  # `| head`; Python would complain once more when it flushes stdout
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        message, code = str(error), error.exit_code
+    except BrokenPipeError:  # `| head`
+        _forget_output()
         return FAILED
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        message, code = f"{where}{error.strerror or error}", FAILED
+        message, code = os_error_line(error), FAILED
+        if error.filename is None and error.errno == errno.ENOSPC:
+            message = f"the output cannot be written ({error.strerror})"
+        _forget_output()
     except KeyboardInterrupt:
         message, code = interrupted, INTERRUPTED
     print(f"error: {message}", file=sys.stderr)
     return code
+
+
+def _forget_output() -> None:
+    """Python would complain once more when it flushes a stdout that takes nothing."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def positive(text: str) -> int:
@@ -44,6 +61,14 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def seed(text: str) -> int:
+    """argparse type: a whole number of 32 bits, which every generator of random numbers takes."""
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and {2**32 - 1}")
     return value
 
 

@@ -2,14 +2,14 @@
 
 from collections import defaultdict
 
-from megatron_jet.configs.base import StrictModel
+from megatron_jet.configs.base import ResultModel
 from megatron_jet.configs.layer_plan import split_entry
 from megatron_jet.configs.mixers.base import DEFAULT_PRECISION, Precision
 from megatron_jet.configs.mixers.registry import LINEAR_MIXERS
 from megatron_jet.configs.model import ModelConfig
 
 
-class KindCost(StrictModel):
+class KindCost(ResultModel):
     """What the layers of one mixer kind cost together (their MLPs and norms are not included)."""
 
     layers: int
@@ -19,7 +19,7 @@ class KindCost(StrictModel):
     conv_state_bytes: int
 
 
-class ModelCost(StrictModel):
+class ModelCost(ResultModel):
     """Cost of a model at one context length (tokens). FLOPs are forward, per token; cache is per sequence."""
 
     context: int

@@ -8,7 +8,7 @@ kernels and NCCL, and what the allocator cannot use. None of it has been compare
 
 from fnmatch import fnmatchcase
 
-from megatron_jet.configs.base import StrictModel
+from megatron_jet.configs.base import ResultModel
 from megatron_jet.configs.cost import ModelCost, model_cost
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.training import (
@@ -54,7 +54,7 @@ def _entry(model: ModelConfig, kind: str) -> str:
     return next(entry for entry in model.layer_plan if entry.partition(":")[0] == kind)
 
 
-class MemoryEstimate(StrictModel):
+class MemoryEstimate(ResultModel):
     """Bytes on one GPU while training."""
 
     weights: int

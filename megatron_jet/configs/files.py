@@ -11,6 +11,13 @@ from typing import Any
 from megatron_jet.configs.errors import UserError
 
 SCHEMA_VERSION = 1
+MAX_NESTING = 64  # levels of a JSON or YAML file; ours have ten, and readers that go down by themselves have an end
+
+
+def os_error_line(error: OSError) -> str:
+    """One line for whatever the file system refused: the path that it names, and why."""
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}"
 
 
 def describe_os_error(error: OSError, path: Path) -> str:
@@ -56,14 +63,32 @@ def write_json(path: str | Path, obj: Any, mode: int = 0o666) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read JSON. Raises UserError that names the file when it is missing or is not JSON."""
+    """Read JSON. Raises UserError that names the file when it is missing, is not JSON, or is nested too deeply."""
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except RecursionError:
+        raise UserError(f"{path}: is nested more than {MAX_NESTING} levels deep") from None
+    except ValueError as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+    if nested_too_deeply(content):
+        raise UserError(f"{path}: is nested more than {MAX_NESTING} levels deep")
+    return content
+
+
+def nested_too_deeply(content: Any) -> bool:
+    """Whether lists and mappings lie in each other more than MAX_NESTING times."""
+    level = [content]
+    for _ in range(MAX_NESTING + 1):
+        containers = [item for item in level if isinstance(item, dict | list)]
+        level = [child for item in containers for child in (item.values() if isinstance(item, dict) else item)]
+        if not level:
+            return False
+    return True
 
 
 def read_json_object(path: str | Path) -> dict[str, Any]:
@@ -72,6 +97,14 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds {describe_json(content)}, not a JSON object")
     return content
+
+
+def measured_seconds(record: dict[str, Any]) -> float | None:
+    """`measured.seconds` of a result or status; None where it has none that could be meant."""
+    measured = record.get("measured")
+    seconds = measured.get("seconds") if isinstance(measured, dict) else None
+    plain = isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 <= seconds < 1e12
+    return float(seconds) if plain else None
 
 
 def describe_json(value: Any) -> str:
@@ -92,7 +125,7 @@ def hash_json(obj: Any) -> str:
 
 
 def hash_file(path: str | Path) -> str:
-    """SHA-256 (hex) of a file's bytes, read in 1 MiB pieces."""
+    """SHA-256 (hex) of a file's bytes, read in 1 MiB pieces. Raises UserError when it cannot be read."""
     digest = hashlib.sha256()
     try:
         with open(path, "rb") as f:
@@ -100,4 +133,6 @@ def hash_file(path: str | Path) -> str:
                 digest.update(block)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     return digest.hexdigest()

@@ -75,5 +75,5 @@ def _read(path: Path) -> LockHolder | None:
     try:
         data = json.loads(path.read_text())
         return LockHolder(int(data["pid"]), str(data["host"]), float(data["since"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None

@@ -27,7 +27,7 @@ class ModelConfig(StrictModel):
     rope_theta: float = Field(default=1e6, gt=0, allow_inf_nan=False)
     rope_scaling: RopeScaling | None = None
     rms_norm_eps: float = Field(default=1e-6, gt=0, allow_inf_nan=False)
-    initializer_range: float = 0.02
+    initializer_range: float = Field(default=0.02, gt=0)
     tie_word_embeddings: bool = True
     qkv_bias: bool = True
     qk_norm: bool = False
@@ -99,8 +99,8 @@ class ModelConfig(StrictModel):
         """The same model with another layer plan and, if given, other linear mixers."""
         return self.replace(layer_plan=tuple(plan), mixers=self.mixers if mixers is None else mixers)
 
-    def check_parallel(self, tensor_parallel: int, pipeline_parallel: int = 1) -> None:
-        """Raise one UserError when the model cannot be laid out at this TP and PP."""
+    def check_parallel(self, tensor_parallel: int, pipeline_parallel: int = 1, virtual_pipeline: int = 1) -> None:
+        """Raise one UserError when the model cannot be laid out at this TP and PP, with that many chunks per stage."""
         for i in range(self.num_layers):
             self.mixer(i).check_parallel(self.shape, tensor_parallel)
         for name in ("intermediate_size", "vocab_size"):
@@ -108,3 +108,8 @@ class ModelConfig(StrictModel):
                 raise UserError(f"{name}={getattr(self, name)} does not divide by tensor_parallel={tensor_parallel}")
         if self.num_layers % pipeline_parallel:
             raise UserError(f"num_layers={self.num_layers} does not divide by pipeline_parallel={pipeline_parallel}")
+        if self.num_layers % (pipeline_parallel * virtual_pipeline):
+            raise UserError(
+                f"num_layers={self.num_layers} does not divide by pipeline_parallel*virtual_pipeline="
+                f"{pipeline_parallel}*{virtual_pipeline}"
+            )

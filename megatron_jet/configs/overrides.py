@@ -7,14 +7,21 @@ from typing import Any
 
 import yaml
 
-from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.errors import UserError, usage_errors
 from megatron_jet.configs.run import RunConfig
+from megatron_jet.configs.yaml_loader import BoundedLoader, RefusedYaml, parse_yaml
 
 
 def parse_value(text: str) -> Any:
-    """A YAML scalar or flow collection: `3`, `1e-3`, `true`, `[a, b]`, `null`. Anything else stays a string."""
+    """A YAML scalar or flow collection: `3`, `1e-3`, `true`, `[a, b]`, `null`. Anything else stays a string.
+
+    Raises:
+        UserError: a key given twice, or no bounds (yaml_loader.py).
+    """
     try:
-        return float(text) if _looks_like_float(text) else yaml.safe_load(text)
+        return float(text) if _looks_like_float(text) else parse_yaml(text)
+    except RefusedYaml as error:
+        raise UserError(f"'{text[:60]}': {error}") from None
     except yaml.YAMLError:
         return text
 
@@ -30,6 +37,7 @@ def _looks_like_float(text: str) -> bool:
     return True
 
 
+@usage_errors()
 def apply_overrides(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
     """A validated copy of `config` with `key.sub=value` changes.
 
@@ -73,13 +81,15 @@ def _free_form(path: list[str]) -> bool:
     return len(path) >= 2 and path[-2] in ("blend", "full_layers", "mixers")
 
 
-def load_yaml(path: str | Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
+def load_yaml(path: str | Path, loader: type[BoundedLoader] = BoundedLoader) -> Any:
     """Parse a YAML file. Raises UserError that names the file and the line."""
     try:
-        return yaml.load(Path(path).read_text(encoding="utf-8"), Loader=loader)
+        return parse_yaml(Path(path).read_text(encoding="utf-8"), loader)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except UnicodeDecodeError as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None

@@ -3,15 +3,18 @@
 Every figure that depends on a clock sits under a `measured` key; two runs of one config are equal outside of them.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from megatron_jet.configs.base import StrictModel
+from megatron_jet.configs.base import ResultModel
 from megatron_jet.configs.files import SCHEMA_VERSION
+from megatron_jet.configs.model import ModelConfig
+
+Context = Annotated[str, Field(pattern=r"^[0-9]{1,12}$")]  # length in tokens, as JSON has keys
 
 
-class Scores(StrictModel):
+class Scores(ResultModel):
     """Held-out or search-split scores of one model. Losses are nats per scored token."""
 
     accuracy: dict[str, float] = Field(description="by eval set: recall, choice, copy")
@@ -23,17 +26,26 @@ class Scores(StrictModel):
     )
 
 
-class Measured(StrictModel):
+class Measured(ResultModel):
     """Clock figures of a stage or candidate."""
 
     seconds: float
     train_tokens_per_second: float | None = None
-    generation_tokens_per_second: dict[str, float] | None = Field(default=None, description="by context length")
-    prefill_tokens_per_second: dict[str, float] | None = Field(default=None, description="by context length")
+    generation_tokens_per_second: dict[Context, float] | None = Field(default=None, description="by context length")
+    prefill_tokens_per_second: dict[Context, float] | None = Field(default=None, description="by context length")
     extra: dict[str, Any] = Field(default_factory=dict)
 
 
-class StageResult(StrictModel):
+def _described(value: dict[str, Any]) -> dict[str, Any]:
+    """What is stored as a plain mapping is a model that can be read back."""
+    ModelConfig.parse(value)
+    return value
+
+
+StoredModel = Annotated[dict[str, Any], AfterValidator(_described)]
+
+
+class StageResult(ResultModel):
     """Base of every stage's result."""
 
     schema_version: int = SCHEMA_VERSION
@@ -48,7 +60,7 @@ class PrepareResult(StageResult):
 
     teacher_path: str = Field(description="HF directory, or 'bundled:tiny', as in the config")
     teacher_checkpoint: str = Field(description="relative to the run directory")
-    teacher_config: dict[str, Any] = Field(description="ModelConfig")
+    teacher_config: StoredModel = Field(description="ModelConfig")
     data_path: str
     tokenizer_path: str
     teacher_hash: str = Field(description="of config.json and the weights")
@@ -56,21 +68,21 @@ class PrepareResult(StageResult):
     sources: list[str]
 
 
-class PlacementScore(StrictModel):
+class PlacementScore(ResultModel):
     """One placement of full-attention layers and its scores."""
 
     full: tuple[int, ...]
     scores: Scores
 
 
-class BeamRound(StrictModel):
+class BeamRound(ResultModel):
     """One round of the beam search: all candidates scored, and which were kept."""
 
     candidates: list[PlacementScore]
     kept: list[tuple[int, ...]]
 
 
-class ComparisonRow(StrictModel):
+class ComparisonRow(ResultModel):
     """One architecture on held-out data, straight from the supernet and after a short stage 1."""
 
     name: str = Field(description="learned, uniform, uniform phase k, all_linear, all_full")
@@ -100,7 +112,7 @@ class PlacementResult(StageResult):
     final_losses: dict[str, float]
 
 
-class CandidateResult(StrictModel):
+class CandidateResult(ResultModel):
     """One trained candidate of a selection stage."""
 
     name: str
@@ -135,14 +147,14 @@ class TrainStageResult(StageResult):
     """stage1 and stage2."""
 
     plan: tuple[str, ...]
-    model_config_: dict[str, Any] = Field(alias="model", description="ModelConfig")
+    model_config_: StoredModel = Field(alias="model", description="ModelConfig")
     checkpoint: str = Field(description="relative to the run directory")
     final_losses: dict[str, float]
     validation: list[dict[str, float]] = Field(description="step and held-out losses at each validation")
     before: Scores
     after: Scores
 
-    model_config = StrictModel.model_config | {"populate_by_name": True}
+    model_config = ResultModel.model_config | {"populate_by_name": True}
 
 
 class ExportResult(StageResult):
@@ -162,8 +174,8 @@ class EvaluateResult(StageResult):
     megatron: Scores = Field(description="the final model scored on the Megatron side; must equal `final`")
     teacher_params: int
     final_params: int
-    teacher_cache_bytes: dict[str, int] = Field(description="by context")
-    final_cache_bytes: dict[str, int] = Field(description="by context")
+    teacher_cache_bytes: dict[Context, int] = Field(description="by context")
+    final_cache_bytes: dict[Context, int] = Field(description="by context")
     teacher_measured: Measured
     final_measured: Measured
 

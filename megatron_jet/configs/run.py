@@ -26,24 +26,29 @@ from megatron_jet.configs.training import DataConfig, ParallelConfig
 class TeacherConfig(StrictModel):
     """The pre-trained full-attention model, an HF directory."""
 
-    path: str = Field(description="HF directory, or 'bundled:tiny'")
-    tokenizer: str | None = Field(default=None, description="HF directory of the tokenizer; None: the teacher's")
+    path: str = Field(min_length=1, description="HF directory, or 'bundled:tiny'")
+    tokenizer: str | None = Field(
+        default=None, min_length=1, description="HF directory of the tokenizer; None: the teacher's"
+    )
 
 
 class RunConfig(StrictModel):
     """Everything a PostNAS run depends on. Equal configs give equal results outside `measured`."""
 
-    recipe: str = Field(description="name of the recipe it came from")
-    seed: int = Field(default=0, ge=0)
+    recipe: str = Field(min_length=1, description="name of the recipe it came from")
+    # The seeds of layers, ranks and epochs are worked out from it, and all of them fit into 64 bits.
+    seed: int = Field(default=0, ge=0, lt=2**32)
     teacher: TeacherConfig
     data: DataConfig
     mixers: dict[str, MixerConfig] = Field(description="sizes of every candidate mixer")
     nproc: int = Field(default=1, ge=1, description="processes per node of every distributed stage")
     parallel: ParallelConfig = ParallelConfig()
     dtype: Literal["fp32", "bf16"] = "fp32"
-    stages: tuple[str, ...] = STAGE_ORDER
+    stages: tuple[str, ...] = Field(default=STAGE_ORDER, min_length=1)
     student_plan: LayerPlan | None = Field(
-        default=None, description="mixer of every layer, for runs that train a known architecture; None: search for it"
+        default=None,
+        min_length=1,
+        description="mixer of every layer, for runs that train a known architecture; None: search for it",
     )
     placement: PlacementConfig
     block_selection: CandidateStageConfig

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_jet.configs.base import StrictModel
+from megatron_jet.configs.base import ResultModel
 from megatron_jet.configs.candidates import (
     Candidate,
     candidate_names,
@@ -34,7 +34,7 @@ DEFAULT_UTILISATION = 0.35
 KEPT_CHECKPOINTS = 3  # the last two and the best
 
 
-class JobEstimate(StrictModel):
+class JobEstimate(ResultModel):
     """One training run of a stage. One that takes over an equal candidate's result costs nothing."""
 
     name: str
@@ -45,7 +45,7 @@ class JobEstimate(StrictModel):
     reused_from: str | None = None
 
 
-class StageEstimate(StrictModel):
+class StageEstimate(ResultModel):
     """One stage. `jobs` counts the training runs that are really made; `disk_bytes` is what they leave if all run at
     the same time."""
 
@@ -61,7 +61,7 @@ class StageEstimate(StrictModel):
     disk_bytes: int
 
 
-class RunEstimate(StrictModel):
+class RunEstimate(ResultModel):
     """All stages of a run, the teacher, and the student that the search is expected to end with."""
 
     teacher: ModelConfig
@@ -149,6 +149,12 @@ def estimate_run(
     return RunEstimate(
         teacher=teacher, student=student, peak_tflops=peak_tflops, utilisation=utilisation, stages=stages
     )
+
+
+def trained_models(config: RunConfig, teacher: ModelConfig) -> dict[str, list[ModelConfig]]:
+    """Every model that each stage trains, by stage; of a supernet, the model with the linear path everywhere."""
+    student = planned_student(config, teacher)
+    return {stage: [run.model for run in runs] for stage, runs in _runs(config, teacher, student).items()}
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """Config of each PostNAS stage (Jet-Nemotron paper, section 2). What the paper does not publish is a field here."""
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_jet.configs.base import StrictModel
+from megatron_jet.configs.base import StrictModel, Weights
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.training import ParallelConfig, TrainingConfig
 
@@ -39,7 +40,7 @@ class StageResources(StrictModel):
 
     nodes: int = Field(default=1, ge=1)
     parallel: ParallelConfig | None = Field(default=None, description="None: the run's own layout")
-    paper_gpu_hours: float | None = Field(default=None, description="H100-hours in the paper")
+    paper_gpu_hours: float | None = Field(default=None, ge=0, description="H100-hours in the paper")
 
 
 class ThroughputConfig(StrictModel):
@@ -51,7 +52,7 @@ class ThroughputConfig(StrictModel):
     also_timed: bool = Field(
         default=False, description="with mode analytic: time it here as well, for the report; it decides nothing"
     )
-    contexts: tuple[int, ...] = (1024,)
+    contexts: tuple[Annotated[int, Field(gt=0)], ...] = Field(default=(1024,), min_length=1, description="tokens")
     batch_size: int = Field(
         default=1, gt=0, description="sequences; on a GPU each model runs the largest batch up to this that fits"
     )
@@ -80,7 +81,9 @@ class PlacementConfig(StrictModel):
     resources: StageResources = StageResources()
     training: TrainingConfig
     linear: str = Field(default="gla", description="mixer of the linear path; the paper used GLA")
-    full_layers: dict[int, float] = Field(description="weight of each number of full layers drawn per step")
+    full_layers: Weights[Annotated[int, Field(ge=0)]] = Field(
+        description="weight of each number of full layers drawn per step"
+    )
     budget: int = Field(default=2, ge=0, description="full-attention layers to place")
     objective: str = Field(default="recall", description="eval set whose accuracy places the full layers")
     beam_width: int = Field(default=3, ge=1)
@@ -98,11 +101,12 @@ class PlacementConfig(StrictModel):
     eval: EvalConfig = EvalConfig()
     init: Literal["teacher", "random"] = "teacher"
 
-    @model_validator(mode="after")
-    def _weights(self) -> "PlacementConfig":
-        if not self.full_layers or any(w < 0 for w in self.full_layers.values()) or not sum(self.full_layers.values()):
-            raise UserError("placement.full_layers: give non-negative weights, at least one above 0")
-        return self
+
+def _refuse_repeated(where: str, names: Sequence[str]) -> None:
+    """Raise UserError for a candidate that is there twice: results and directories go by name."""
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{where}: '{name}' is given twice")
 
 
 class CandidateStageConfig(StrictModel):
@@ -115,6 +119,11 @@ class CandidateStageConfig(StrictModel):
     eval: EvalConfig = EvalConfig()
     init: Literal["teacher", "random"] = "teacher"
     keep_checkpoints: bool = False
+
+    @model_validator(mode="after")
+    def _once_each(self) -> "CandidateStageConfig":
+        _refuse_repeated("candidates", self.candidates)
+        return self
 
 
 class GridPoint(StrictModel):
@@ -152,6 +161,7 @@ class HardwareSearchConfig(StrictModel):
 
     @model_validator(mode="after")
     def _constant_state(self) -> "HardwareSearchConfig":
+        _refuse_repeated("hardware_search.grid", [point.name for point in self.grid])
         sizes = {point.state_size for point in self.grid}
         if len(sizes) > 1:
             raise UserError(f"hardware_search.grid: d_k*d_v*heads must be constant, got {sorted(sizes)}")
@@ -172,7 +182,7 @@ class TrainStageConfig(StrictModel):
     init: Literal["search", "teacher"] = Field(
         default="teacher", description="stage1 only: 'search' continues the winner of hardware_search"
     )
-    blend: dict[str, float] | None = Field(
+    blend: Weights[str] | None = Field(
         default=None, description="sampling weight per source in this stage; None: data.blend"
     )
 

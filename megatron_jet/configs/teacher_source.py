@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.errors import UserError, usage_errors
 from megatron_jet.configs.files import read_json
 from megatron_jet.configs.hf_format import model_from_hf
 from megatron_jet.configs.model import ModelConfig
@@ -34,6 +34,7 @@ def expand_variables(text: str, where: str, environment: Mapping[str, str] = os.
     return _VARIABLE.sub(value, text)
 
 
+@usage_errors()
 def expand_paths(config: RunConfig, environment: Mapping[str, str] = os.environ) -> RunConfig:
     """The config with `${VAR}` replaced in every path, so that the run directory needs no environment any more."""
     teacher = config.teacher

@@ -1,10 +1,11 @@
 """How a model is trained: layout over processes, optimiser, losses, schedule and intervals."""
 
+import math
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from megatron_jet.configs.base import StrictModel
+from megatron_jet.configs.base import Share, StrictModel, Weights
 from megatron_jet.configs.errors import UserError
 
 # Of the losses on logits (training/vocab_parallel.py), which the memory estimate counts: tokens per chunk, and how many
@@ -59,7 +60,9 @@ class LossConfig(StrictModel):
     """Weights of the loss terms. The paper names distillation only; weights and features are unpublished."""
 
     feature: float = Field(default=0.0, ge=0, description="MSE of the residual stream over the teacher's variance")
-    layer_weights: tuple[float, ...] | None = Field(default=None, description="feature weight per layer; None: equal")
+    layer_weights: tuple[Share, ...] | None = Field(
+        default=None, min_length=1, description="feature weight per layer; None: equal"
+    )
     kl: float = Field(default=0.0, ge=0)
     kl_direction: Literal["forward", "reverse"] = "forward"
     temperature: float = Field(default=1.0, gt=0)
@@ -78,6 +81,8 @@ class LossConfig(StrictModel):
     def _some_term(self) -> "LossConfig":
         if not (self.feature or self.kl or self.cross_entropy):
             raise UserError("loss: every weight is 0; set at least one of feature, kl, cross_entropy")
+        if self.layer_weights is not None and not 0 < sum(self.layer_weights) < math.inf:
+            raise UserError("loss.layer_weights: give non-negative weights, at least one above 0")
         return self
 
 
@@ -91,7 +96,9 @@ class TrainingConfig(StrictModel):
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig
     trainable: tuple[str, ...] = Field(
-        default=("*",), description="fnmatch patterns of parameter names that train; '!pattern' freezes again"
+        default=("*",),
+        min_length=1,
+        description="fnmatch patterns of parameter names that train; '!pattern' freezes again",
     )
     validation_interval: int = Field(default=0, ge=0, description="steps between held-out validations; 0: none")
     validation_batches: int = Field(default=4, gt=0)
@@ -108,6 +115,18 @@ class TrainingConfig(StrictModel):
     def tokens(self) -> int:
         return self.steps * self.global_batch_size * self.seq_length
 
+    def check_pipeline(self, parallel: ParallelConfig, data_parallel: int) -> None:
+        """Raise UserError when the micro-batches of a step cannot go through this pipeline.
+
+        With model chunks, as many of them as there are stages go through one chunk before the next.
+        """
+        count, stages = self.microbatches(data_parallel), parallel.pipeline
+        if parallel.virtual_pipeline and count % stages:
+            raise UserError(
+                f"global_batch_size={self.global_batch_size} makes {count} micro-batches per step, and "
+                f"parallel.virtual_pipeline needs a multiple of parallel.pipeline={stages}"
+            )
+
     def microbatches(self, data_parallel: int) -> int:
         """Micro-batches per step and rank. Raises UserError when the batch does not divide."""
         per_pass = self.micro_batch_size * data_parallel
@@ -122,8 +141,10 @@ class TrainingConfig(StrictModel):
 class DataConfig(StrictModel):
     """A prepared data directory (tools/prepare_data.py) and how its sources are mixed."""
 
-    path: str = Field(description="prepared directory, or 'bundled' to prepare the tiny recipe's data inside the run")
-    blend: dict[str, float] | None = Field(default=None, description="sampling weight per source; None: as in the data")
+    path: str = Field(
+        min_length=1, description="prepared directory, or 'bundled' to prepare the tiny recipe's data inside the run"
+    )
+    blend: Weights[str] | None = Field(default=None, description="sampling weight per source; None: as in the data")
     train_split: str = "train"
     search_split: str = "search"
     heldout_split: str = "heldout"

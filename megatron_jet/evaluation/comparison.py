@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from megatron_jet.evaluation.presets import PRESETS, paper_scores
 from megatron_jet.evaluation.result import EvaluationResult, read_scores
@@ -46,18 +47,19 @@ def compare(result: EvaluationResult, other: dict[str, float]) -> list[Row]:
 
 def table(result: EvaluationResult, against: str | None = None, other: dict[str, float] | None = None) -> Group:
     """The result for a terminal; with notes on what can be compared where the paper is the other side."""
-    grid = Table(title=f"{result.model} (lm-evaluation-harness {result.harness})")
+    # As Text: in a plain string rich takes [/b] of a path for an instruction.
+    grid = Table(title=Text(f"{result.model} (lm-evaluation-harness {result.harness})"))
     grid.add_column("score", overflow="fold")
     grid.add_column("this", justify="right")
     if against is not None:
-        grid.add_column(against, justify="right", overflow="fold")
+        grid.add_column(Text(against), justify="right", overflow="fold")
         grid.add_column("difference", justify="right")
     for row in compare(result, other or {}):
         digits = 1 if row.name in PRESETS else 4
         cells = [row.name, f"{row.this:.{digits}f}"]
         if against is not None:
             cells += ["-", "-"] if row.other is None else [f"{row.other:.{digits}f}", f"{row.difference:+.{digits}f}"]
-        grid.add_row(*cells)
+        grid.add_row(*map(Text, cells))
     notes = [
         f"{name}: comparable: {preset.comparable}. Not comparable: {preset.not_comparable}."
         for name, preset in result.presets.items()
@@ -67,4 +69,4 @@ def table(result: EvaluationResult, against: str | None = None, other: dict[str,
         for name, preset in result.presets.items()
         if preset.score is None
     ]
-    return Group(grid, *missing, *notes)
+    return Group(grid, *map(Text, [*missing, *notes]))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.errors import UserError, usage_errors
 from megatron_jet.evaluation.throughput.session import Clock
 
 # Settings in the environment that speed depends on; they are shown before the command.
@@ -30,6 +30,7 @@ class Rates:
     flops_per_second: float
 
 
+@usage_errors()
 def find_device(name: str | None) -> torch.device:
     """The device asked for, or the GPU if there is one. Raises UserError when it is not there."""
     try:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.errors import UsageError, UserError
 from megatron_jet.convert.hf_package import MODELS, hf_config, load_for_causal_lm
 from megatron_jet.evaluation.device import find_device
 from megatron_jet.evaluation.presets import Preset
@@ -143,7 +143,7 @@ def check_names(manager, names: Sequence[str]) -> None:
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known), n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else f"this project's own are {', '.join(TINY_TASKS)}"
-            raise UserError(f"no task '{name}' in the harness; {hint}")
+            raise UsageError(f"no task '{name}' in the harness; {hint}")
 
 
 def expand_tiny(

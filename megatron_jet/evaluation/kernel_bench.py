@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from megatron_jet.configs.base import StrictModel
+from megatron_jet.configs.base import ResultModel
 from megatron_jet.configs.files import SCHEMA_VERSION
 from megatron_jet.evaluation.kernel_cases import CASES, Case, Draw, Inputs, Shape, use_backend
 from megatron_jet.evaluation.throughput.session import Clock
@@ -17,7 +17,7 @@ LAPS = 10
 LAP_SECONDS = 0.02  # calls are repeated within a lap until it is about this long
 
 
-class KernelRow(StrictModel):
+class KernelRow(ResultModel):
     """One implementation of one operation at one shape; `measured` is empty where it was skipped."""
 
     operation: str
@@ -30,7 +30,7 @@ class KernelRow(StrictModel):
     measured: dict[str, float] = Field(default_factory=dict, description="milliseconds, bytes_per_second, share")
 
 
-class KernelResult(StrictModel):
+class KernelResult(ResultModel):
     """A whole comparison."""
 
     schema_version: int = SCHEMA_VERSION

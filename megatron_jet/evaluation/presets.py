@@ -6,7 +6,7 @@ authors ran their own fork of the harness, so a difference of a few tenths of a 
 
 from dataclasses import dataclass
 
-from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.errors import UserError, usage_errors
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,7 @@ PAPER_SCORES: dict[str, dict[str, float]] = {
 }
 
 
+@usage_errors()
 def find_preset(name: str) -> Preset:
     """A preset by name. Raises UserError that lists them."""
     if name not in PRESETS:
@@ -171,6 +172,7 @@ def find_preset(name: str) -> Preset:
     return PRESETS[name]
 
 
+@usage_errors()
 def paper_scores(model: str) -> dict[str, float]:
     """The paper's scores of a model, in percent by preset name. Raises UserError that lists the models."""
     if model not in PAPER_SCORES:

@@ -5,12 +5,13 @@ from typing import Any
 
 from pydantic import Field
 
-from megatron_jet.configs.base import StrictModel
+from megatron_jet.configs.base import ResultModel
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import SCHEMA_VERSION, read_json
+from megatron_jet.configs.results import Scores
 
 
-class TaskResult(StrictModel):
+class TaskResult(ResultModel):
     """One harness task or group."""
 
     metrics: dict[str, float] = Field(description='by the harness\'s names, such as "acc_norm,none"; fractions or nats')
@@ -20,7 +21,7 @@ class TaskResult(StrictModel):
     version: str | None = Field(default=None, description="of the task in the harness")
 
 
-class PresetResult(StrictModel):
+class PresetResult(ResultModel):
     """One of the paper's groups."""
 
     score: float | None = Field(description="percent; None when a metric is missing")
@@ -29,7 +30,7 @@ class PresetResult(StrictModel):
     not_comparable: str
 
 
-class EvaluationResult(StrictModel):
+class EvaluationResult(ResultModel):
     """A whole evaluation. Clock figures sit under `measured`."""
 
     schema_version: int = SCHEMA_VERSION
@@ -62,10 +63,10 @@ def read_scores(path: str | Path) -> dict[str, float]:
     if isinstance(data, dict) and data.get("kind") == "evaluation":
         return EvaluationResult.parse(data, str(path)).scores()
     if isinstance(data, dict) and data.get("stage") == "evaluate" and "final" in data:
-        final = data["final"]
+        final = Scores.parse(data["final"], f"{path}: final")
         return {
             f"tiny_{name} {metric}": value
             for metric in ("accuracy", "loss")
-            for name, value in final.get(metric, {}).items()
+            for name, value in getattr(final, metric).items()
         }
     raise UserError(f"{path}: not a result of tools/evaluate.py nor of a run's evaluate stage")

@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 
-from megatron_jet.configs.files import hash_file, read_json
+from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.files import hash_file
 from megatron_jet.configs.hf_format import hf_model_type
 from megatron_jet.configs.model import ModelConfig
+from megatron_jet.configs.provenance import read_provenance
 from megatron_jet.configs.results import ExportResult, Measured, TrainStageResult
 from megatron_jet.configs.stages import EvalConfig
 from megatron_jet.configs.teacher_source import tokenizer_directory
@@ -112,9 +114,11 @@ def scored_on(ctx: StageContext, trained: TrainStageResult) -> str:
 
 def launch_command(ctx: StageContext) -> str:
     """What the run was started with, less where its output went: equal runs make equal cards wherever they lie."""
-    provenance = ctx.run_dir / "provenance.json"
-    launches = read_json(provenance).get("launches", []) if provenance.is_file() else []
-    words = shlex.split(launches[0]["command"]) if launches else []
+    try:
+        launches = read_provenance(ctx.run_dir / "provenance.json")["launches"]
+        words = shlex.split(launches[0].get("command", "")) if launches else []
+    except (UserError, ValueError):
+        words = []  # a record that somebody wrote into; the card names the recipe then
     start = next((i for i, word in enumerate(words) if word.endswith(LAUNCHER)), None)
     if start is None:
         return f"python launcher/{LAUNCHER} run {ctx.config.recipe}"

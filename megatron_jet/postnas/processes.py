@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_jet.configs.ranks import environment_rank
 from megatron_jet.configs.signals import SIGNALS, Interrupted
 from megatron_jet.training.collectives import COLLECTIVE_TIMEOUT
 
@@ -28,7 +29,7 @@ def world() -> Iterator[None]:
     Beside it, a group on gloo for `on_main` and `gather`. In NCCL, a rank that waits longer than its timeout aborts the
     job, and whoever works alone may need longer; a rank that died ends the waiting at once.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+    if dist.is_initialized() or environment_rank()[1] == 1:
         yield
         return
     if torch.cuda.is_available():

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from megatron_jet.configs.base import StrictModel
+from megatron_jet.configs.base import ResultModel
 from megatron_jet.configs.layer_plan import LayerPlan
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.results import Scores
@@ -31,7 +31,7 @@ from megatron_jet.training.checkpoint import load_model
 from megatron_jet.training.parallel import parallel_session
 
 
-class ScoredPlans(StrictModel):
+class ScoredPlans(ResultModel):
     """Scores of some plans, in their order, and layer forwards (per sequence batch) done and without sharing."""
 
     scores: list[Scores]

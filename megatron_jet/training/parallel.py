@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.ranks import environment_rank
 from megatron_jet.configs.training import ParallelConfig
 from megatron_jet.training.collectives import COLLECTIVE_TIMEOUT
 
@@ -39,7 +40,7 @@ def init_parallel(
         UserError: the layout does not fit the world size, or context parallelism is asked for.
     """
     if rank is None:
-        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        rank, world_size = environment_rank()
     if parallel.context > 1:
         raise UserError("parallel.context: context parallelism is not supported yet; use context=1")
     parallel.data_parallel(world_size)

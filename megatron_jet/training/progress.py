@@ -28,12 +28,12 @@ class TrainingProgress:
         """Open the bar where there is a terminal."""
         if sys.stderr.isatty():
             self._bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[figures]}"),
+                TextColumn("{task.fields[figures]}", markup=False),
                 console=Console(stderr=True),
             )
             self._task = self._bar.add_task(self.name, total=self.total_steps, completed=self.done, figures="")
@@ -58,7 +58,7 @@ class TrainingProgress:
     def say(self, text: str) -> None:
         """One line of news, above the bar if there is one."""
         if self._bar is not None:
-            self._bar.console.print(f"{self.name}: {text}", highlight=False)
+            self._bar.console.print(f"{self.name}: {text}", highlight=False, markup=False)
         else:
             print(f"{self.name}: {text}", file=sys.stderr, flush=True)
 

@@ -5,8 +5,12 @@ import os
 
 import pytest
 
-from megatron_jet.configs.command_line import lengths, output_file, positive, run_tool
-from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.command_line import lengths, output_file, positive, run_tool, seed
+from megatron_jet.configs.errors import UsageError, UserError
+from megatron_jet.configs.overrides import apply_overrides
+from megatron_jet.configs.recipes.catalog import load_recipe
+from megatron_jet.configs.recipes.tiny import tiny
+from megatron_jet.configs.teacher_source import expand_paths
 
 
 def raising(error):
@@ -21,6 +25,8 @@ def raising(error):
     [
         (UserError("x: wrong"), 1, "error: x: wrong\n"),
         (OSError(28, "No space left on device", "/a/b"), 1, "error: /a/b: No space left on device\n"),
+        (UsageError("x: unknown"), 2, "error: x: unknown\n"),
+        (OSError(28, "No space left on device"), 1, "error: the output cannot be written (No space left on device)\n"),
         (KeyboardInterrupt(), 75, "error: interrupted\n"),
     ],
 )
@@ -32,6 +38,32 @@ def test_errors_are_one_line(error, code, line, capsys):
 def test_a_script_may_say_what_an_interruption_left(capsys):
     assert run_tool(raising(KeyboardInterrupt()), interrupted="interrupted; nothing was written") == 75
     assert capsys.readouterr().err == "error: interrupted; nothing was written\n"
+
+
+def test_unknown_names_and_bad_values_exit_2(capsys):
+    """Whatever tool asks for them."""
+    from megatron_jet.evaluation.device import find_device
+    from megatron_jet.evaluation.presets import find_preset, paper_scores
+
+    for ask in (
+        lambda: load_recipe("tinny"),
+        lambda: load_recipe("nowhere:recipe"),
+        lambda: apply_overrides(tiny(), ["seed=-1"]),
+        lambda: expand_paths(apply_overrides(tiny(), ["data.path=${JET_NOT_SET}"])),
+        lambda: find_preset("paper-maths"),
+        lambda: paper_scores("jet"),
+        lambda: find_device("abacus"),
+    ):
+        assert run_tool(ask) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["-1", "4294967296", "1.5"])
+def test_seeds_fit_into_every_generator(text):
+    with pytest.raises((ValueError, argparse.ArgumentTypeError)):
+        seed(text)
+    assert seed("4294967295") == 2**32 - 1
 
 
 def test_a_mistake_of_ours_stays_visible():

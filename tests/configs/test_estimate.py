@@ -350,7 +350,7 @@ def test_tool_on_bad_files(tmp_path, content, message):
 
 def test_tool_names_an_unknown_recipe():
     code, _, err = estimate("jet_nemotron_3b")
-    assert code == 1 and "unknown recipe 'jet_nemotron_3b'; known: tiny" in err
+    assert code == 2 and "unknown recipe 'jet_nemotron_3b'; known: tiny" in err
 
 
 def test_formats():

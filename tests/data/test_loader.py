@@ -110,7 +110,7 @@ def test_epochs_have_different_orders(prepared):
 def test_bad_requests_are_named(prepared, tmp_path):
     with pytest.raises(UserError, match="no source 'txt'"):
         loader(prepared, blend={"txt": 1.0})
-    with pytest.raises(UserError, match="must not be negative"):
+    with pytest.raises(ValueError, match="give non-negative weights, at least one above 0"):
         loader(prepared, blend={"text": -1.0})
     with pytest.raises(UserError, match="no split 'test'"):
         loader(prepared, split="test")

@@ -162,6 +162,44 @@ def test_clean_keeps_what_results_name(run, launcher):
     assert not run.path.exists()
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        "[]",
+        "null",
+        "{}",
+        '{"checkpoint": 5}',
+        '{"checkpoint": ""}',
+        '{"checkpoint": "stages/stage1/checkpoints/final0"}',
+        '{"checkpoint": {"path": "stages/stage1/checkpoints/final"}}',
+        "",
+        None,
+    ],
+)
+def test_clean_refuses_where_a_result_does_not_say_what_it_needs(run, launcher, odd):
+    set_status(run, "stage1", "done")
+    weights = run.stage("stage1") / "checkpoints" / "final" / "weights"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"x")
+    result = run.stage("stage1") / "result.json"
+    if odd is None:
+        result.mkdir()
+    else:
+        result.write_text(odd)
+    code, _, err = launcher("clean", "a")
+    assert code == 1 and f"{result}" in err and err.count("\n") == 1
+    assert weights.exists()
+
+
+def test_clean_leaves_the_checkpoints_of_a_stage_whose_result_is_gone(run, launcher):
+    set_status(run, "stage1", "done")
+    weights = run.stage("stage1") / "checkpoints" / "final" / "weights"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"x")
+    assert launcher("clean", "a")[0] == 0
+    assert weights.exists()
+
+
 def test_clean_all_of_a_linked_run_removes_the_run_and_not_just_the_link(run, launcher):
     """Runs in a cluster's job directory have a link in runs/."""
     real = run.path.rename("elsewhere").resolve()

@@ -12,8 +12,7 @@ from jet_launcher.slurm import state as slurm
 from jet_launcher.slurm.ask import number_of
 from jet_launcher.slurm.overview import JobView, hours_text, read_attempts, run_word, shown_views, views_text
 from jet_launcher.slurm.record import ClusterRecord
-from jet_launcher.usage import UsageError
-from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.errors import UsageError, UserError
 
 FOLLOW_SECONDS = 1.0
 STATE_SECONDS = 5.0  # Slurm's controller is shared; files are cheaper to look at than states

@@ -3,10 +3,9 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from jet_launcher.usage import usage_errors
 from megatron_jet.configs.candidates import candidate_names
 from megatron_jet.configs.cluster import ClusterConfig
-from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.errors import UserError, usage_errors
 from megatron_jet.configs.estimate_text import format_bytes, format_count, format_seconds, jobs_text, table
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.run import RunConfig

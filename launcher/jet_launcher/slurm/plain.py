@@ -24,10 +24,9 @@ from jet_launcher.slurm.package import ship_code
 from jet_launcher.slurm.record import SubmissionLog, read_record
 from jet_launcher.slurm.scripts import JobPlace, check_mounts, sbatch_options, setup_lines, write_scripts
 from jet_launcher.slurm.taken import Interrupted, Taken
-from jet_launcher.usage import UsageError, usage_errors
 from megatron_jet.configs.candidates import split_target
 from megatron_jet.configs.cluster import ClusterConfig
-from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.errors import UsageError, UserError, usage_errors
 from megatron_jet.configs.files import describe_os_error, write_text
 from megatron_jet.configs.overrides import apply_overrides
 from megatron_jet.configs.recipes.catalog import load_recipe

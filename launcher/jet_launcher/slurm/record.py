@@ -117,6 +117,8 @@ def read_record(run: RunDirectory) -> ClusterRecord | None:
         whole = whole and all(record.batch_log(run, entry.job, entry.job_id) for entry in record.jobs)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, StopIteration):
         whole = False
+    except UserError as error:
+        raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
     if not whole:
         raise UserError(
             f"{path}: is not a complete record of submitted jobs; remove it when squeue shows none of this run"

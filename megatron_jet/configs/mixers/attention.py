@@ -16,6 +16,13 @@ def attention_params(shape: ModelShape) -> int:
     return 2 * shape.hidden_size * (q_size + kv_size) + bias + norms
 
 
+def attention_tensors(shape: ModelShape) -> tuple[str, ...]:
+    """Names of the parameters of grouped-query attention."""
+    bias = ("linear_qkv.bias",) if shape.qkv_bias else ()
+    norms = ("q_layernorm.weight", "k_layernorm.weight") if shape.qk_norm else ()
+    return ("linear_qkv.weight", "linear_proj.weight", *bias, *norms)
+
+
 def attention_flops(shape: ModelShape, visible: float) -> float:
     """Forward FLOPs per token when a query sees `visible` keys."""
     q_size = shape.num_attention_heads * shape.head_dim
@@ -28,6 +35,9 @@ class AttentionConfig(MixerConfig):
 
     kind: ClassVar[str] = "attn"
     is_softmax: ClassVar[bool] = True
+
+    def tensor_names(self, shape: ModelShape) -> tuple[str, ...]:
+        return attention_tensors(shape)
 
     def num_params(self, shape: ModelShape) -> int:
         return attention_params(shape)
@@ -48,6 +58,9 @@ class SlidingWindowConfig(MixerConfig):
     kind: ClassVar[str] = "swa"
     is_softmax: ClassVar[bool] = True
     window: int = Field(gt=0, description="tokens a query sees, itself included")
+
+    def tensor_names(self, shape: ModelShape) -> tuple[str, ...]:
+        return attention_tensors(shape)
 
     def num_params(self, shape: ModelShape) -> int:
         return attention_params(shape)

@@ -40,6 +40,10 @@ class MixerConfig(StrictModel):
     kind: ClassVar[str]
     is_softmax: ClassVar[bool] = False
 
+    def tensor_names(self, shape: ModelShape) -> tuple[str, ...]:
+        """Names of one layer's mixer parameters, as the Megatron module has them."""
+        raise NotImplementedError
+
     def num_params(self, shape: ModelShape) -> int:
         """Parameters of one layer's mixer, layer norms not counted."""
         raise NotImplementedError

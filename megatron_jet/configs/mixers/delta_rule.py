@@ -48,6 +48,9 @@ class DeltaRuleConfig(MixerConfig):
     def shardable_heads(self, shape: ModelShape) -> tuple[int, ...]:
         return (self.num_heads,)
 
+    def tensor_names(self, shape: ModelShape) -> tuple[str, ...]:
+        return ("in_proj.weight", "out_proj.weight", "o_norm.weight", "A_log", "dt_bias")
+
     def projection_params(self, shape: ModelShape) -> int:
         """q, k, v, gate, output, the two per-head scalars a and b, A_log, dt_bias and the output norm."""
         projections = shape.hidden_size * (2 * self.key_dim + 3 * self.value_dim + 2 * self.num_heads)

@@ -15,6 +15,9 @@ class GatedDeltaNetConfig(DeltaRuleConfig):
     def conv_dim(self) -> int:
         return 2 * self.key_dim + self.value_dim
 
+    def tensor_names(self, shape: ModelShape) -> tuple[str, ...]:
+        return (*super().tensor_names(shape), *(f"{name}_conv1d" for name in "qkv"))
+
     def num_params(self, shape: ModelShape) -> int:
         return self.projection_params(shape) + self.conv_dim * self.conv_size
 

@@ -42,6 +42,9 @@ class GLAConfig(MixerConfig):
     def shardable_heads(self, shape: ModelShape) -> tuple[int, ...]:
         return (self.num_heads,)
 
+    def tensor_names(self, shape: ModelShape) -> tuple[str, ...]:
+        return ("in_proj.weight", "out_proj.weight", "o_norm.weight", "gk_down", "gk_up", "gk_bias")
+
     def num_params(self, shape: ModelShape) -> int:
         projections = shape.hidden_size * (2 * self.key_dim + 3 * self.value_dim)
         gate = self.gate_low_rank_dim * (shape.hidden_size + self.key_dim) + self.key_dim

@@ -29,6 +29,9 @@ class JetBlockConfig(DeltaRuleConfig):
                 f"d_v*heads={self.value_dim}"
             )
 
+    def tensor_names(self, shape: ModelShape) -> tuple[str, ...]:
+        return (*super().tensor_names(shape), "kernel_w1", "kernel_w2", "kernel_bias")
+
     def num_params(self, shape: ModelShape) -> int:
         generator = shape.hidden_size * self.generator_dim
         kernels = self.value_dim * self.conv_size

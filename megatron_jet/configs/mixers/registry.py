@@ -29,6 +29,8 @@ def typed_mixers(settings: Mapping[str, Any]) -> dict[str, MixerConfig]:
     Raises:
         UserError: a name that is not a linear mixer, or settings that its config refuses.
     """
+    if not isinstance(settings, Mapping):
+        raise UserError("mixers: write a mapping from names to settings")
     typed = {}
     for kind, values in dict(settings).items():
         if kind not in LINEAR_MIXERS:

@@ -5,7 +5,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.errors import UserError, usage_errors
 from megatron_jet.configs.overrides import load_yaml
 from megatron_jet.configs.recipes.distill import jet_nemotron_2b_distill, jet_nemotron_4b_distill, tiny_distill
 from megatron_jet.configs.recipes.jet_nemotron import jet_nemotron_2b, jet_nemotron_4b
@@ -22,6 +22,7 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
 }
 
 
+@usage_errors()
 def load_recipe(name: str) -> RunConfig:
     """A built-in recipe by name, the user's own as `package.module:function`, or a resolved config.yaml.
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.files import SCHEMA_VERSION, hash_json, read_json
+from megatron_jet.configs.files import SCHEMA_VERSION, hash_json, measured_seconds, read_json, read_json_object
 from megatron_jet.configs.overrides import load_yaml
+from megatron_jet.configs.provenance import read_provenance
 from megatron_jet.configs.results import EvaluateResult, Scores, StageResult, result_type
 from megatron_jet.configs.run import RunConfig
 from megatron_jet.configs.stages import SELECTION_STAGES, STAGE_ORDER
@@ -81,11 +82,11 @@ def _wanted(config: RunConfig, stage: str, results: dict[str, StageResult]) -> b
 def _stage_row(run_dir: Path, stage: str, result: StageResult | None) -> dict[str, Any]:
     status_path = run_dir / "stages" / stage / "status.json"
     try:
-        status = read_json(status_path) if status_path.is_file() else {}
+        status = read_json_object(status_path)
     except UserError:
-        status = {}  # being replaced at this moment
-    state = DONE if result is not None else status.get("state", PENDING)
-    seconds = result.measured.seconds if result is not None else status.get("measured", {}).get("seconds")
+        status = {}  # there is none, or it is being replaced at this moment
+    state = DONE if result is not None else str(status.get("state", PENDING))
+    seconds = result.measured.seconds if result is not None else measured_seconds(status)
     row = {"stage": stage, "state": state, "tokens": result.tokens if result is not None else None}
     return {**row, "measured": {"seconds": seconds}}
 
@@ -131,7 +132,7 @@ def _comparison(result: EvaluateResult | None) -> dict[str, Any] | None:
     """Teacher and final side by side."""
     if result is None:
         return None
-    contexts = sorted(result.teacher_cache_bytes, key=int)
+    contexts = sorted(set(result.teacher_cache_bytes) & set(result.final_cache_bytes), key=int)
     return {
         "accuracy": _side_by_side(result.teacher, result.final, "accuracy"),
         "loss": _side_by_side(result.teacher, result.final, "loss"),
@@ -215,8 +216,5 @@ def _steps(config: RunConfig) -> dict[str, int | None]:
 
 def _provenance(run_dir: Path) -> dict[str, Any] | None:
     """The last launch, and how many there were."""
-    path = run_dir / "provenance.json"
-    if not path.is_file():
-        return None
-    launches = read_json(path).get("launches", [])
+    launches = read_provenance(run_dir / "provenance.json")["launches"]
     return {**launches[-1], "launches": len(launches)} if launches else None

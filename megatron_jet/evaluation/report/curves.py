@@ -20,7 +20,7 @@ def read_curves(run_dir: Path) -> dict[str, dict[str, Curve]]:
     for path in sorted(run_dir.glob("stages/*/**/metrics.jsonl")):
         job = path.parent.relative_to(run_dir / "stages")
         name = "/".join(part for part in job.parts if part != "jobs")
-        splits = _read(path)
+        splits = _read(path) if path.is_file() else {}
         if splits:
             curves[name] = {split: _thinned(curve) for split, curve in splits.items()}
     return curves
@@ -28,11 +28,11 @@ def read_curves(run_dir: Path) -> dict[str, dict[str, Curve]]:
 
 def _read(path: Path) -> dict[str, Curve]:
     splits: dict[str, Curve] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         row = _row(line)
         for key in LOSS_KEYS:
-            if row.get(key) is not None:
-                points = splits.setdefault(row.get("split", "train"), {}).setdefault(key, [])
+            if _is_number(row.get(key)):
+                points = splits.setdefault(str(row.get("split", "train")), {}).setdefault(key, [])
                 points.append([row["step"], row[key]])
     return splits
 
@@ -40,9 +40,13 @@ def _read(path: Path) -> dict[str, Curve]:
 def _row(line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}  # the last line of a job that was killed, or is writing now
-    return row if isinstance(row, dict) and "step" in row else {}
+    return row if isinstance(row, dict) and _is_number(row.get("step")) else {}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
 def _thinned(curve: Curve) -> Curve:

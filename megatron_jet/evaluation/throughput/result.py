@@ -4,11 +4,11 @@ from typing import Any
 
 from pydantic import Field
 
-from megatron_jet.configs.base import StrictModel
+from megatron_jet.configs.base import ResultModel
 from megatron_jet.configs.files import SCHEMA_VERSION
 
 
-class ModelRecord(StrictModel):
+class ModelRecord(ResultModel):
     """One of the models compared."""
 
     name: str
@@ -20,7 +20,7 @@ class ModelRecord(StrictModel):
     decode: str = Field(description="eager or graph")
 
 
-class RowMeasured(StrictModel):
+class RowMeasured(ResultModel):
     """Speeds in tokens per second over the whole batch."""
 
     prefill_tokens_per_second: float
@@ -39,7 +39,7 @@ class RowMeasured(StrictModel):
         return self.generation_tokens_per_second / self.generation_roofline
 
 
-class Row(StrictModel):
+class Row(ResultModel):
     """One model at one context."""
 
     model: str
@@ -53,7 +53,7 @@ class Row(StrictModel):
     measured: RowMeasured
 
 
-class Ratio(StrictModel):
+class Ratio(ResultModel):
     """First model over second, at one context."""
 
     context: int
@@ -62,7 +62,7 @@ class Ratio(StrictModel):
     measured: dict[str, float] = Field(description="prefill, generation")
 
 
-class Skipped(StrictModel):
+class Skipped(ResultModel):
     """What could not be measured."""
 
     model: str
@@ -70,7 +70,7 @@ class Skipped(StrictModel):
     reason: str
 
 
-class ThroughputResult(StrictModel):
+class ThroughputResult(ResultModel):
     """A whole comparison."""
 
     schema_version: int = SCHEMA_VERSION

@@ -2,6 +2,7 @@
 
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from megatron_jet.configs.estimate_text import format_bytes
 from megatron_jet.evaluation.throughput.result import Row, ThroughputResult
@@ -28,18 +29,19 @@ def table(result: ThroughputResult) -> Group:
     speeds = _grid(f"Tokens per second over the whole batch, medians ({device}: {rates} measured)", SPEED_COLUMNS)
     caches = _grid("Cache of one sequence at the end", CACHE_COLUMNS)
     for row in result.rows:
-        speeds.add_row(*_speed_cells(row))
+        speeds.add_row(*map(Text, _speed_cells(row)))
         sizes = row.measured.cache_bytes, row.predicted_cache_bytes
-        caches.add_row(f"{row.context}", row.model, *map(format_bytes, sizes))
+        caches.add_row(*map(Text, [f"{row.context}", row.model, *map(format_bytes, sizes)]))
     parts = [speeds, caches]
     if result.ratios:
         parts.append(_ratios(result))
-    parts += [f"{row.model} at {row.context} tokens left out: {row.reason}" for row in result.skipped]
+    parts += [Text(f"{row.model} at {row.context} tokens left out: {row.reason}") for row in result.skipped]
     return Group(*parts)
 
 
 def _grid(title: str, columns: tuple[str, ...]) -> Table:
-    grid = Table(title=title, title_justify="left")
+    # Text throughout: in a plain string rich takes [/b] of a model's name for an instruction.
+    grid = Table(title=Text(title), title_justify="left")
     for column in columns:
         grid.add_column(column, justify="left" if column == "model" else "right", overflow="fold")
     return grid
