@@ -94,11 +94,21 @@ def write_problem(error: BaseException) -> str | None:
     return f"disk full? {one_line(error)}" if wrapped else None
 
 
+def stop_if_interrupted(error: BaseException) -> None:
+    """Raise what stopped us, if that is behind an error that a library made of it. For readers of foreign files."""
+    for cause in _causes(error):
+        if isinstance(cause, KeyboardInterrupt | Interrupted):
+            raise cause from None
+
+
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error and those that it came from."""
+    """An error and those that it came from; torch's CheckpointException keeps those of all ranks in `failures`."""
     cause: BaseException | None = error
     while cause is not None:
         yield cause
+        failures = getattr(cause, "failures", None)
+        for failure, *_ in failures.values() if isinstance(failures, dict) else ():
+            yield from _causes(failure)
         cause = cause.__cause__ or cause.__context__
 
 

@@ -22,9 +22,9 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from megatron_jet.configs.directories import interrupted, one_line, replaced_directory, stop_if_interrupted
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import write_json
-from megatron_jet.configs.directories import interrupted, one_line, replaced_directory
 from megatron_jet.convert.write_behind import write_behind
 
 COMPLETE_MARK = "metadata.json"  # Megatron's own; written last, so that a directory without it is unfinished
@@ -105,7 +105,8 @@ class GlobalCheckpoint:
             return self.read_many([key])[key]
         try:
             tensor = torch.load(path, mmap=True, weights_only=True)
-        except Exception:
+        except Exception as error:
+            stop_if_interrupted(error)
             tensor = None
         if tensor is None or (tuple(tensor.shape), tensor.dtype) != (self.shape(key), self.dtype(key)):
             raise UserError(f"{self.path}: cannot read {key}; the checkpoint is damaged")
@@ -117,7 +118,8 @@ class GlobalCheckpoint:
         try:
             with _without_process_group():
                 dcp.load(dict(tensors), storage_reader=self._reader, no_dist=True)
-        except (Exception, dcp.api.CheckpointException):  # the latter is not an Exception
+        except (Exception, dcp.api.CheckpointException) as error:  # the latter is not an Exception
+            stop_if_interrupted(error)
             names = ", ".join(list(tensors)[:3])
             raise UserError(f"{self.path}: cannot read {names}; the checkpoint is damaged") from None
         return tensors

@@ -8,11 +8,11 @@ from megatron_jet.configs.candidates import candidate_names
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import hash_json, read_json, write_json
 from megatron_jet.configs.results import CandidateResult, StageResult, result_type
+from megatron_jet.configs.signals import Interrupted, StopRequest, interruptible
 from megatron_jet.postnas.catalog import stage_named
-from megatron_jet.postnas.processes import interruptible, on_main, rank
+from megatron_jet.postnas.processes import on_main, rank
 from megatron_jet.postnas.stage import Stage, StageContext, clear_directory
 from megatron_jet.postnas.status import StageStatus
-from megatron_jet.configs.signals import Interrupted
 
 
 def run_stage(ctx: StageContext, name: str) -> StageResult:
@@ -103,17 +103,19 @@ def _open_directory(directory: Path, inputs: dict[str, Any], digest: str, kept: 
 def _with_status[R](ctx: StageContext, directory: Path, work: Callable[[StageContext], R]) -> R:
     """Do some work with a status.json beside it that says how it goes and how it ended."""
     status = _status_file(directory)
-    status.begin()
     try:
         with interruptible():
+            status.begin()
             result = work(StageContext(ctx.run_dir, ctx.config, status))
     except (Interrupted, KeyboardInterrupt) as error:
-        status.end("interrupted", str(error) or "interrupted")
+        with StopRequest():
+            status.end("interrupted", str(error) or "interrupted")
         raise
     except BaseException as error:
         status.end("failed", describe(error))
         raise
-    status.end("done")
+    with StopRequest():  # a request from here on is handed on when the status is written: the next stage does not start
+        status.end("done")
     return result
 
 

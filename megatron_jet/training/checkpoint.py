@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.strategies import torch as megatron_torch_
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 
+from megatron_jet.configs.directories import stop_if_interrupted
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import write_json
 from megatron_jet.model.state import local_shards, sharded_state, unwrap
@@ -68,6 +69,7 @@ def load_model(chunks: list[nn.Module], path: str | Path, strict: bool = True) -
         with _quiet():
             stored = dist_checkpointing.load_tensors_metadata(str(path))
     except (Exception, CheckpointException) as error:  # torch raises many kinds for damaged metadata
+        stop_if_interrupted(error)
         raise UserError(f"{path}: checkpoint metadata cannot be read ({root_cause(error)})") from None
     shapes = {shard.key: tuple(shard.global_shape) for shard in local_shards(chunks)}
     for key in sorted(set(shapes) & set(stored)):
@@ -88,6 +90,7 @@ def load_model(chunks: list[nn.Module], path: str | Path, strict: bool = True) -
         with _quiet():
             loaded = dist_checkpointing.load(state, str(path), validate_access_integrity=False)
     except (Exception, CheckpointException) as error:  # the latter is not an Exception
+        stop_if_interrupted(error)
         raise UserError(f"{path}: checkpoint is damaged ({root_cause(error)})") from None
     for i, chunk in enumerate(chunks):
         # Extra states of Transformer Engine are not part of our checkpoints, and partial loads leave tensors out.
@@ -113,6 +116,7 @@ def save_sharded(state: dict[str, Any], path: str | Path) -> None:
         with _writer_errors() as errors:
             dist_checkpointing.save(state, str(path))
     except (Exception, CheckpointException) as error:  # torch's exception is no Exception
+        stop_if_interrupted(error)
         problem = (0, errors[0]) if errors else (1, root_cause(error))
     finally:
         filesystem_async._results_queue = before

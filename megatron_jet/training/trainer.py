@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.signals import Interrupted, StopRequest
 from megatron_jet.data.loader import DataLoader
 from megatron_jet.model.builder import build_model
 from megatron_jet.model.paths import idle_parameters, set_paths
@@ -22,7 +23,6 @@ from megatron_jet.training.job import TrainJob, TrainResult
 from megatron_jet.training.optimizer import Optimizer, wrap_data_parallel
 from megatron_jet.training.recorder import Observer, Recorder
 from megatron_jet.training.schedule import learning_rate
-from megatron_jet.configs.signals import Interrupted, StopRequest
 from megatron_jet.training.steps import named_terms, normalizer, run_microbatches, take_batches
 from megatron_jet.training.train_state import Progress
 
@@ -51,7 +51,10 @@ def train(job: TrainJob, observer: Observer | None = None) -> TrainResult:
                 raise Interrupted(f"{job.name}: stopped after step {trainer.progress.step}, checkpoint saved")
             if trainer.due(job.training.checkpoint_interval):
                 trainer.save()
-        return trainer.finish()
+        result = trainer.finish()
+        if any_rank(stop.requested):  # in the last validation or save: no step came that would have looked at it
+            raise Interrupted(f"{job.name}: stopped after its last step, result saved")
+        return result
 
 
 class Trainer:
