@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_jet.configs.candidates import candidate_names, split_target
+from megatron_jet.configs.checksums import verification
 from megatron_jet.configs.environment import trains_delta_rule
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.overrides import load_yaml
@@ -41,6 +42,11 @@ def main(arguments: list[str] | None = None) -> int:
             run_targets(args.run_dir.resolve(), config, targets)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror or error}", file=sys.stderr)
         return EXIT_FAILED
     except (Interrupted, KeyboardInterrupt) as error:
         print(f"interrupted: {error}", file=sys.stderr)
@@ -73,16 +79,19 @@ def run_targets(run_dir: Path, config: RunConfig, targets: list[tuple[str, str |
     from megatron_jet.postnas.processes import world
     from megatron_jet.postnas.stage import StageContext
     from megatron_jet.postnas.stage_log import redirect_output
+    from megatron_jet.postnas.writers import stacks_on_demand, stage_writer
 
+    stacks_on_demand()
     ctx = StageContext(run_dir, config)
-    with world():
+    with verification(config.verify_checkpoints), world():
         for stage, candidate in targets:
             directory = ctx.stage_dir(stage)
             redirect_output(directory if candidate is None else directory / "jobs" / candidate)
-            if candidate is None:
-                run_stage(ctx, stage)
-            else:
-                run_candidate(ctx, stage, candidate)
+            with stage_writer(run_dir, stage, candidate, config.watchdog_seconds):
+                if candidate is None:
+                    run_stage(ctx, stage)
+                else:
+                    run_candidate(ctx, stage, candidate)
 
 
 def check_kernels(config: RunConfig, stages: list[str]) -> None:

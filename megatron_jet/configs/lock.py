@@ -1,8 +1,10 @@
 """One writer per directory: an advisory lock on a file, which ends with the process that holds it."""
 
 import contextlib
+import errno
 import fcntl
 import json
+import logging
 import os
 import socket
 import time
@@ -12,6 +14,10 @@ from pathlib import Path
 
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import describe_os_error
+
+log = logging.getLogger(__name__)
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # Lustre mounted without, NFS without its lock daemon
 
 
 @dataclass(frozen=True)
@@ -24,11 +30,12 @@ class LockHolder:
 
 
 @contextlib.contextmanager
-def exclusive(path: Path, advice: str = "wait for it to end") -> Iterator[int]:
+def exclusive(path: Path, advice: str = "wait for it to end", directory: Path | None = None) -> Iterator[int]:
     """Hold the lock file `path`; it stays there afterwards, since a name that goes can be locked twice.
 
     Args:
         advice: what somebody who is refused can do.
+        directory: what the lock protects; by default, the directory that it lies in.
 
     Yields:
         The file descriptor that holds the lock. A child that inherits it holds the lock as well.
@@ -46,7 +53,11 @@ def exclusive(path: Path, advice: str = "wait for it to end") -> Iterator[int]:
         except BlockingIOError:
             holder = _read(path)
             who = f"process {holder.pid} on {holder.host}" if holder else "another process"
-            raise UserError(f"{path.parent}: {who} is working in this directory; {advice}") from None
+            raise UserError(f"{directory or path.parent}: {who} is working in this directory; {advice}") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            log.warning("%s: this file system has no locks; nobody keeps two programs from working here", path.parent)
         os.ftruncate(handle, 0)
         os.write(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}).encode())
         yield handle
@@ -64,6 +75,8 @@ def lock_holder(path: Path) -> LockHolder | None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return _read(path) or LockHolder(0, "unknown", 0.0)
+    except OSError:
+        return None
     else:
         return None
     finally:

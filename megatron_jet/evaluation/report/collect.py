@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.files import SCHEMA_VERSION, hash_json, read_json
+from megatron_jet.configs.files import SCHEMA_VERSION, hash_json, read_json, read_written
 from megatron_jet.configs.overrides import load_yaml
 from megatron_jet.configs.results import EvaluateResult, Scores, StageResult, result_type
 from megatron_jet.configs.run import RunConfig
@@ -68,7 +68,7 @@ def read_results(run_dir: Path) -> dict[str, StageResult]:
     for stage in STAGE_ORDER:
         path = run_dir / "stages" / stage / "result.json"
         if path.is_file():
-            results[stage] = result_type(stage).parse(read_json(path), str(path))
+            results[stage] = result_type(stage).parse(read_written(path), str(path))
     return results
 
 
