@@ -127,6 +127,7 @@ def write_checked(path: str | Path, obj: dict[str, Any]) -> None:
     text = json.dumps(obj, indent=2, allow_nan=True) + "\n"
     # First, so that a kill in between leaves no file that seems to have been changed.
     remove(path)
+    remove(_hash_beside(path))
     write_text(_hash_beside(path), hashlib.sha256(text.encode()).hexdigest() + "\n")
     write_text(path, text)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_jet.configs.attempts import SupersededError
 from megatron_jet.configs.candidates import candidate_names
+from megatron_jet.configs.checksums import DamagedError
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import (
     canonical_json,
@@ -156,12 +157,27 @@ def _with_status[R](ctx: StageContext, directory: Path, work: Callable[[StageCon
         with StopRequest():
             status.end("interrupted", str(error) or "interrupted")
         raise
+    except DamagedError as error:
+        advised = UserError(f"{error}; {_repair(ctx, directory, error.path)}")
+        status.end("failed", str(advised))
+        raise advised from None
     except BaseException as error:
         status.end("failed", describe(error))
         raise
     with StopRequest():  # a request from here on is handed on when the status is written: the next stage does not start
         status.end("done")
     return result
+
+
+def _repair(ctx: StageContext, directory: Path, damaged: Path | None) -> str:
+    """How to get a damaged checkpoint made anew, by where it lies."""
+    inside = damaged.relative_to(ctx.run_dir).parts if damaged and damaged.is_relative_to(ctx.run_dir) else ()
+    stage = "prepare" if inside[:1] == ("prepared",) else inside[1] if inside[:1] == ("stages",) else None
+    if stage is None:
+        return "give an undamaged copy"
+    if ctx.stage_dir(stage) == directory:
+        return "run again, which makes it anew"
+    return f"delete {ctx.stage_dir(stage) / 'result.json'} and run again, which makes it anew"
 
 
 def _status_file(directory: Path) -> StageStatus:

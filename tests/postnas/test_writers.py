@@ -53,7 +53,7 @@ def work_on(run: Path, stage: str, candidate: str | None = None) -> None:
 def test_a_second_worker_is_refused_also_while_the_first_is_stopped(tmp_path, hold):
     first = hold("stage1")
     os.kill(first.pid, signal.SIGSTOP)
-    with pytest.raises(UserError, match=f"stages/stage1: process {first.pid} on .* kill -CONT"):
+    with pytest.raises(UserError, match=f"stages/stage1: process {first.pid} on .*kill -CONT"):
         work_on(tmp_path, "stage1")
     work_on(tmp_path, "stage2")
     first.kill()
