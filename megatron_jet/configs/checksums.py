@@ -71,6 +71,13 @@ def read_checksums(directory: Path) -> dict[str, str] | None:
     return hashes
 
 
+def damaged(directory: Path, problem: str) -> DamagedError:
+    """The error for a problem that `first_difference` found."""
+    if problem.startswith(".metadata"):
+        return DamagedError(f"{directory}: checkpoint metadata cannot be read ({problem})", directory)
+    return DamagedError(f"{directory}: {problem}; the checkpoint is damaged", directory)
+
+
 def first_difference(directory: Path, names: Sequence[str], expected: Mapping[str, str]) -> str | None:
     """What is wrong with the first of some files that is not as recorded."""
     for name in names:
@@ -90,4 +97,4 @@ def verify(directory: Path) -> None:
         return
     problem = first_difference(directory, list(expected), expected)
     if problem is not None:
-        raise DamagedError(f"{directory}: {problem}; the checkpoint is damaged", directory)
+        raise damaged(directory, problem)

@@ -63,6 +63,14 @@ class _Reader(FileSystemReader):
         return self._metadata
 
 
+def check_whole(path: Path) -> None:
+    """Raise UserError unless a directory looks like a finished checkpoint."""
+    if not path.is_dir():
+        raise UserError(f"{path}: no such checkpoint directory")
+    if not (path / COMPLETE_MARK).is_file() or not (path / ".metadata").is_file():
+        raise UserError(f"{path}: not a complete Megatron checkpoint ({COMPLETE_MARK} or .metadata is missing)")
+
+
 class GlobalCheckpoint:
     """Read access to the whole tensors of a checkpoint directory.
 
@@ -73,10 +81,7 @@ class GlobalCheckpoint:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        if not self.path.is_dir():
-            raise UserError(f"{path}: no such checkpoint directory")
-        if not (self.path / COMPLETE_MARK).is_file() or not (self.path / ".metadata").is_file():
-            raise UserError(f"{path}: not a complete Megatron checkpoint ({COMPLETE_MARK} or .metadata is missing)")
+        check_whole(self.path)
         verify(self.path)
         try:
             metadata = read_metadata(self.path / ".metadata")

@@ -52,7 +52,7 @@ def stage_writer(run_dir: Path, stage: str, candidate: str | None, wedged_after:
         if rank() == 0:
             watch.notice.unlink(missing_ok=True)
         gather(None)  # nobody watches a rank that has no record yet, nor sees a notice of an earlier attempt
-        if wedged_after > 0 and world_size() > 1:
+        if wedged_after > 0 and world_size() > 1 and handle is not None:
             stack.enter_context(watch)
         yield
 

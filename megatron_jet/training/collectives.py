@@ -42,6 +42,8 @@ def on_rank_0(action: Callable[[], None]) -> None:
             action()
         except OSError as error:
             problem = error.strerror or str(error)
+        except UserError as error:
+            problem = str(error)
     problem = from_rank_0(problem)
     if problem is not None:
         raise OSError(problem)
@@ -101,7 +103,7 @@ def verify_checksums(directory: Path) -> None:
     own = list(expected)[dist.get_rank() :: dist.get_world_size()]
     problem = first_problem(checksums.first_difference(directory, own, expected))
     if problem is not None:
-        raise checksums.DamagedError(f"{directory}: {problem}; the checkpoint is damaged", directory)
+        raise checksums.damaged(directory, problem)
 
 
 def _writer(name: str, turn: int) -> int:

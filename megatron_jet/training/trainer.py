@@ -139,9 +139,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint and delete the old ones, unless another attempt at this job has taken over."""
-        by = from_rank_0(superseded() if self.is_main else None)
-        if by is not None:
-            raise SupersededError(by)
+        self._leave_if_superseded()
         progress = self.progress
         progress.seconds = self.seconds_before + time.monotonic() - self.started
         # Clocks differ between ranks, which Megatron reports for what all ranks save in common.
@@ -166,8 +164,15 @@ class Trainer:
             seconds=progress.seconds,
             tokens_per_second=progress.tokens / max(progress.step_seconds, 1e-9),
         )
+        self._leave_if_superseded()
         on_rank_0(lambda: result.save(job))
         return result
+
+    def _leave_if_superseded(self) -> None:
+        """Raise SupersededError on all ranks where another attempt at this job has started since."""
+        by = from_rank_0(superseded() if self.is_main else None)
+        if by is not None:
+            raise SupersededError(by)
 
     def _build_student(self) -> list:
         job = self.job
