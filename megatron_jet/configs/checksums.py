@@ -50,7 +50,11 @@ def files_in(directory: Path) -> list[str]:
 def hash_files(directory: Path, names: Sequence[str]) -> dict[str, str]:
     """SHA-256 (hex) of some files by name. Raises UserError or OSError for one that is missing or cannot be read."""
     with ThreadPoolExecutor(max_workers=min(HASHED_AT_ONCE, os.cpu_count() or 1)) as threads:
-        return dict(zip(names, threads.map(lambda name: hash_file(directory / name), names)))
+        try:
+            return dict(zip(names, threads.map(lambda name: hash_file(directory / name), names)))
+        except BaseException:  # a stop does not wait for what has not begun
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def write_checksums(directory: Path, hashes: Mapping[str, str]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_jet.configs.checksums import verification
 from megatron_jet.configs.errors import UserError
@@ -295,3 +296,34 @@ def test_the_best_weights_are_finite(single_rank, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Trainer, "_losses", losses)
     assert run_job(case).best_checkpoint.name == "best-00000004"
+
+
+def two_ranks(out: Path) -> tuple[str, int]:
+    """Worker: rank 1 alone is told to stop after the last step; then a file is damaged that either rank may look at."""
+    case = job(out, training={"steps": 3, "validation_interval": 3, "validation_batches": 1})
+    write_models(case)
+    real = Trainer.validate
+
+    def validate(self):
+        if dist.get_rank() == 1:
+            terminate()
+        real(self)
+
+    Trainer.validate = validate
+    try:
+        run_job(case)
+    except Interrupted as error:
+        said = str(error)
+    finally:
+        Trainer.validate = real
+    newest = case.out / "checkpoints" / "step-00000003"
+    dist.barrier()
+    if dist.get_rank() == 0:
+        flip(newest / "state" / "__1_0.distcp")
+    dist.barrier()
+    return said, Trainer(case).progress.step
+
+
+def test_ranks_agree_on_a_late_stop_and_on_damage(pool, tmp_path):
+    said = "test: stopped after its last step, result saved"
+    assert pool.run(two_ranks, tmp_path, world_size=2) == [(said, 2)] * 2
