@@ -102,14 +102,20 @@ def stop_if_interrupted(error: BaseException) -> None:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error and those that it came from; torch's CheckpointException keeps those of all ranks in `failures`."""
-    cause: BaseException | None = error
-    while cause is not None:
+    """An error and those that it came from; torch's CheckpointException keeps those of all ranks in `failures`, and may
+    be the context of one of them."""
+    waiting, seen = [error], set()
+    while waiting:
+        cause = waiting.pop()
+        if id(cause) in seen:
+            continue
+        seen.add(id(cause))
         yield cause
         failures = getattr(cause, "failures", None)
-        for failure, *_ in failures.values() if isinstance(failures, dict) else ():
-            yield from _causes(failure)
-        cause = cause.__cause__ or cause.__context__
+        waiting += [failure for failure, *_ in failures.values()] if isinstance(failures, dict) else []
+        further = cause.__cause__ or cause.__context__
+        if further is not None:
+            waiting.append(further)
 
 
 def one_line(error: BaseException) -> str:

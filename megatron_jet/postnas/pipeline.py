@@ -12,7 +12,6 @@ from megatron_jet.configs.candidates import candidate_names
 from megatron_jet.configs.checksums import DamagedError
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import (
-    canonical_json,
     hash_json,
     read_json_object,
     read_written,
@@ -130,7 +129,7 @@ def _changes(record: Path, inputs: dict[str, Any], digest: str) -> str | None:
         return str(error)
     if stored.get("hash") == digest:
         return None
-    keys = differing_keys(stored.get("inputs"), json.loads(canonical_json(inputs)))
+    keys = differing_keys(stored.get("inputs"), json.loads(json.dumps(inputs)))
     shown = ", ".join(keys[:SHOWN_CHANGES]) + (" ..." if len(keys) > SHOWN_CHANGES else "")
     return f"its inputs have changed ({shown})" if keys else f"{record} is not what was written"
 

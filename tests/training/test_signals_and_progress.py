@@ -96,4 +96,6 @@ def test_a_stop_inside_torchs_checkpoint_reader_is_a_stop():
     failures = {0: (Interrupted("stopped by SIGTERM"), None)}
     with pytest.raises(Interrupted, match="SIGTERM"):
         stop_if_interrupted(CheckpointException("failed", failures))
-    stop_if_interrupted(CheckpointException("failed", {0: (ValueError("damaged"), None)}))
+    damage = ValueError("damaged")
+    damage.__context__ = CheckpointException("failed", {0: (damage, None)})  # as when it is raised out of it
+    stop_if_interrupted(damage)
