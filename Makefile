@@ -1,10 +1,11 @@
 # Everything a newcomer types. `make quickstart` first, `make test` second; `make help` lists the rest.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help quickstart install test test-slow test-faults test-slurm test-gpu bench-gpu lint clean
+.PHONY: help quickstart install test test-oldest test-slow test-faults test-slurm test-gpu bench-gpu lint clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
+OLDEST := .venv-oldest
 OUTPUT ?= runs/tiny
 # Two data-parallel processes use two cores better than two threads do: the tiny model's matrices are too small to share.
 NPROC ?= $(shell [ "$$(getconf _NPROCESSORS_ONLN)" -ge 2 ] && echo 2 || echo 1)
@@ -31,6 +32,18 @@ $(VENV)/.installed: pyproject.toml constraints.txt tools/find_python.sh
 test: install ## run the tests (2 cores: see README for the time it takes)
 	$(PYTEST) -m "not slow and not faults and not gpu and not multi_gpu and not slurm"
 
+test-oldest: $(OLDEST)/.installed ## conversion, generation and a short run with the oldest versions that pyproject.toml promises
+	PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" bash tests/oldest.sh
+
+$(OLDEST)/.installed: pyproject.toml constraints.txt tools/oldest_versions.py tools/find_python.sh
+	@python="$$(bash tools/find_python.sh)" || exit 1; \
+	echo "setting up $(OLDEST) with $$python"; \
+	"$$python" -m venv $(OLDEST) || exit 1; \
+	"$$python" tools/oldest_versions.py > $(OLDEST)/versions.txt || exit 1; \
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/versions.txt -e '.[train]' \
+	  pytest pytest-timeout pytest-xdist hypothesis
+	@touch $@
+
 test-slow: install ## the tests that take minutes each
 	$(PYTEST) -m slow --timeout 3600
 
@@ -50,6 +63,6 @@ lint: install ## ruff, as pre-commit runs it
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-clean: ## remove caches; runs/ and .venv stay
+clean: ## remove caches; runs/ and environments stay
 	rm -rf .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

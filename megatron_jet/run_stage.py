@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 usage, 75 interrupted and worth running again.
 """
 
 import argparse
+import os
 import signal
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import NoReturn
 
 from megatron_jet.configs.candidates import candidate_names, split_target
 from megatron_jet.configs.checksums import verification
-from megatron_jet.configs.environment import trains_delta_rule
+from megatron_jet.configs.environment import gpu_problem, trains_delta_rule
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.overrides import load_yaml
 from megatron_jet.configs.run import RunConfig
@@ -74,6 +75,7 @@ def run_targets(run_dir: Path, config: RunConfig, targets: list[tuple[str, str |
     from megatron_jet.training import cpu_backend
 
     cpu_backend.install()  # before anything imports Megatron
+    check_gpus()
     check_kernels(config, [stage for stage, _ in targets])
     from megatron_jet.postnas.pipeline import run_candidate, run_stage
     from megatron_jet.postnas.processes import world
@@ -92,6 +94,16 @@ def run_targets(run_dir: Path, config: RunConfig, targets: list[tuple[str, str |
                     run_stage(ctx, stage)
                 else:
                     run_candidate(ctx, stage, candidate)
+
+
+def check_gpus() -> None:
+    """Raise UserError where a job was given GPUs (POSTNAS_GPUS) that torch does not see: it would train on the CPU."""
+    import torch
+
+    asked = os.environ.get("POSTNAS_GPUS", "")
+    problem = gpu_problem(int(asked), torch.cuda.device_count(), torch.__version__) if asked.isdecimal() else None
+    if problem:
+        raise UserError(problem)
 
 
 def check_kernels(config: RunConfig, stages: list[str]) -> None:

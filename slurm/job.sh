@@ -1,23 +1,30 @@
 # The part of a job that runs once, in the batch script on the head node. Sourced, never executed: by the script that
-# NeMo-Run submits and by postnas.sbatch. The launcher has set POSTNAS_* before, loads modules and runs the cluster file's
-# set-up lines after, and then calls postnas_begin (launcher/jet_launcher/slurm/scripts.py). postnas_srun holds the options of
-# every step, postnas_sbatch those of the job.
+# NeMo-Run submits and by postnas.sbatch. The launcher has set POSTNAS_* before, and calls in turn postnas_enter, what loads
+# modules, the cluster file's set-up lines, and postnas_begin (launcher/jet_launcher/slurm/scripts.py). postnas_srun holds
+# the options of every step, postnas_sbatch those of the job.
 #
 # A job ends in one of four ways, and the exit trap below decides what follows:
-#   0     the stage is done; Slurm starts its dependents
+#   0     the stage has its result; Slurm starts its dependents
 #   75    interrupted and saved: queue again
 #   other crashed: queue again, unless it crashed POSTNAS_RESTARTS times in a row without getting further
-#   -     Slurm ends it itself (scancel, node failure, scontrol requeue): Slurm decides, this script only notes it
+#   -     Slurm ends it itself (scancel, preemption, node failure, scontrol requeue): Slurm decides, this script only notes it
 #
 # shellcheck shell=bash disable=SC2154
+
+# shellcheck source=slurm/ask.sh
+source "$POSTNAS_CODE/slurm/ask.sh"
 
 postnas_attempts="$POSTNAS_RUN_DIR/cluster/attempts/$POSTNAS_JOB.log"
 postnas_idle_limit=10   # interruptions in a row without progress: time limit shorter than start-up, endless preemption
 postnas_guard_seconds=20
+postnas_guard_look=5
 postnas_guard=
 postnas_phase=start
+postnas_terminated=       # 1 once Slurm has sent SIGTERM to this script
+postnas_end=              # the time limit, Unix seconds; empty where Slurm does not say
+postnas_restart=${SLURM_RESTART_COUNT:-0}
 
-postnas_say() { echo "postnas: $(date '+%F %T') $POSTNAS_JOB (job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}): $*"; }
+postnas_say() { echo "postnas: $(date '+%F %T') $POSTNAS_JOB (job $SLURM_JOB_ID, restart $postnas_restart): $*"; }
 
 # Names of what is on disk for good: checkpoints and results. Two starts that see the same names got nowhere in between.
 postnas_progress() {
@@ -29,7 +36,7 @@ postnas_progress() {
 # Fails when it cannot be written, at the second try; without it nobody would count the restarts.
 postnas_note() {
     local line try
-    line="$(date +%s) $1 $SLURM_JOB_ID ${SLURM_RESTART_COUNT:-0} $(postnas_progress) ${*:2}"
+    line="$(date +%s) $1 $SLURM_JOB_ID $postnas_restart $(postnas_progress) ${*:2}"
     for try in 1 2; do
         { mkdir -p "${postnas_attempts%/*}" && echo "$line" >> "$postnas_attempts"; } && return 0
         [ "$try" = 2 ] || sleep 2
@@ -49,79 +56,131 @@ postnas_stalls() {
         END { print crashed + 0, idle + 0, preflight + 0 }' "$postnas_attempts"
 }
 
-# Only a job that Slurm regards as running may queue itself again: anything else would bring a cancelled job back.
-postnas_requeue() {
-    local state try
-    for try in 1 2 3 4 5; do
-        state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) && break
-        sleep "$try"
+# Exit code 0 is not enough: srun returns it, too, when it loses a node.
+postnas_has_result() {
+    local try
+    for try in 1 2 3; do   # a network file system may show it a little later
+        [ ! -s "$POSTNAS_STATE_DIR/result.json" ] || return 0
+        [ ! -s "$POSTNAS_RUN_DIR/stages/${POSTNAS_TARGET%%:*}/result.json" ] || return 0
+        [ "$try" = 3 ] || sleep 1
     done
-    if [ "$state" != RUNNING ]; then
-        postnas_say "Slurm is ending this job (${state:-no answer}); it is not queued again from here"
-        return 1
-    fi
-    # Slurm answers with SIGTERM for this whole script, so the command has to ignore it.
-    (trap '' TERM; scontrol requeue "$SLURM_JOB_ID")
+    return 1
+}
+
+# " (no space left in RUN_DIR)", or why else nothing can be written there; nothing where it can.
+postnas_disk() {
+    local said free probe="$POSTNAS_RUN_DIR/.space.$SLURM_JOB_ID"
+    free=$(df -P "$POSTNAS_RUN_DIR" 2> /dev/null | awk 'NR > 1 { sub(/%/, "", $5); print 100 - $5 }')
+    said=$(LC_ALL=C dd if=/dev/zero of="$probe" bs=65536 count=16 2>&1) && said=
+    rm -f "$probe"
+    case $said in
+        '') [ "${free:-100}" -ge 1 ] || echo " (less than 1% of the disk left in $POSTNAS_RUN_DIR)" ;;
+        *"No space left"*) echo " (no space left in $POSTNAS_RUN_DIR)" ;;
+        *"quota"*) echo " (disk quota exceeded in $POSTNAS_RUN_DIR)" ;;
+        *) echo " (cannot write in $POSTNAS_RUN_DIR: $(sed -n '1s/.*: //p' <<< "$said"))" ;;
+    esac
+}
+
+# What this attempt has come to.
+postnas_place() {
+    if compgen -G "$POSTNAS_LOG_DIR/$POSTNAS_JOB.$SLURM_JOB_ID.$postnas_restart.*" > /dev/null; then echo "the stage"
+    elif [ -d "$POSTNAS_RUN_DIR/cluster/preflight/$SLURM_JOB_ID.$postnas_restart" ]; then echo preflight
+    else echo "set-up (modules, setup)"; fi
 }
 
 postnas_finish() {
-    local code=$1 words crashed idle
-    [ -n "$postnas_guard" ] && kill "$postnas_guard" 2>/dev/null
-    [ "$postnas_phase" = run ] || exit "$code"   # start-up or preflight noted its own end
-    case $code in
-        0) postnas_note end 0 "done"; postnas_say "done"; exit 0 ;;
-        75) words="interrupted, saved" ;;
-        *) words="crashed with exit code $code" ;;
-    esac
-    postnas_note end "$code" "$words" || postnas_give_up "$code" "cannot write $postnas_attempts"
+    local code=$1 words state crashed idle
+    # SIGTERM is not enough: a shell that gets it just before it waits in `read` looks at it when the read is over only.
+    [ -n "$postnas_guard" ] && kill -KILL "$postnas_guard" 2>/dev/null
+    [ "$postnas_phase" != over ] || exit "$code"   # preflight noted its own end
+    if [ "$code" = 0 ] && postnas_has_result; then
+        postnas_note end 0 "done"
+        postnas_say "done"
+        exit 0
+    fi
+    words="crashed with exit code $code"
+    if [ "$postnas_phase" = start ]; then words="set-up left with exit code $code"; fi
+    if [ "$code" = 0 ]; then
+        code=1 words="ended without an error and without a result"
+    elif [ "$code" = 75 ]; then
+        words="interrupted, saved"
+    fi
+    if [ "$code" != 75 ] && [ "$code" != 2 ]; then
+        state=$(postnas_state)
+        if [ -n "$postnas_terminated" ] || [[ $state != @(RUNNING|) ]]; then   # its own exit code says nothing then
+            words="ended by Slurm in $(postnas_place) (exit code $code)"
+            postnas_note end 75 "$words" || postnas_give_up "$code" "cannot write $postnas_attempts$(postnas_disk)"
+            postnas_again "$code"
+        fi
+        words+=$(postnas_disk)
+    fi
+    postnas_note end "$code" "$words" || postnas_give_up "$code" "cannot write $postnas_attempts$(postnas_disk)"
     read -r crashed idle _ < <(postnas_stalls)
     if [ "$code" = 2 ]; then
         postnas_give_up "$code" "usage error"
     elif [ "$crashed" -gt "$POSTNAS_RESTARTS" ]; then
-        postnas_give_up "$code" "crashed with exit code $code, $crashed times without progress"
-    elif [ "$idle" -gt "$postnas_idle_limit" ]; then
-        postnas_give_up 1 "interrupted $idle times without progress"
+        postnas_give_up "$code" "$words, $crashed times without progress"
     fi
-    postnas_say "exit code $code; queueing again"
+    postnas_again "$code"
+}
+
+# Queue this job again after its end was noted, and leave, unless interruptions do not end.
+postnas_again() {
+    local idle
+    read -r _ idle _ < <(postnas_stalls)
+    if [ "$idle" -gt "$postnas_idle_limit" ]; then postnas_give_up 1 "$(postnas_no_end "$idle")"; fi
+    postnas_say "exit code $1; queueing again"
     postnas_requeue || postnas_say "not queued again"
-    exit "$code"
+    postnas_phase=over
+    exit "$1"
+}
+
+postnas_no_end() {
+    local last
+    last=$(awk -v job="$SLURM_JOB_ID" '$3 == job && ($2 == "end" || $2 == "limit") { $1 = $2 = $3 = $4 = $5 = $6 = ""; print }' \
+        "$postnas_attempts" | tail -n 1 | sed 's/^ *//')
+    echo "interrupted $1 times without progress${last:+, last: $last}"
 }
 
 postnas_give_up() {
     postnas_note failed "$1" "$2"
     postnas_say "giving up: $2"
+    postnas_phase=over
     exit "$1"
+}
+
+postnas_guard_acts() {
+    local where
+    where=$(postnas_place)
+    postnas_say "the time limit is $postnas_guard_seconds seconds away, in $where; queueing again"
+    # The script itself may get no time for a word.
+    postnas_note limit 75 "the time limit came in $where"
+    postnas_guard_seconds=2
+    postnas_requeue
 }
 
 # Reaching the time limit would end the job for good. Early warning comes well before; this is for workers that missed it.
 postnas_watch_clock() {
-    local end left
-    end=$(scontrol show job --oneliner "$SLURM_JOB_ID" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p')
-    left=$(($(date -d "$end" +%s) - $(date +%s) - postnas_guard_seconds)) || return 0
+    local end left parent
+    end=$(date -d "$(postnas_job_field EndTime '[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}')" +%s 2> /dev/null) &&
+        [ "$end" -gt "$(date +%s)" ] || end=${SLURM_JOB_END_TIME:-}
+    [ -n "$end" ] || return 0
+    postnas_end=$end
+    left=$((end - $(date +%s) - postnas_guard_seconds))
     [ "$left" -gt 0 ] || return 0
     (
-        # A read that never gets anything sleeps without a process that could be left behind.
+        # A read that never gets anything sleeps without a process that could be left behind. Nothing ends a guard whose
+        # script was killed, so it looks itself, and never queues a job again that goes on without that script.
         exec {never}<> <(:)
-        read -r -t "$left" -u "$never"
-        postnas_say "the time limit is $postnas_guard_seconds seconds away; queueing again"
-        postnas_requeue
+        end=$(($(date +%s) + left))
+        while read -r _ _ _ parent _ < "/proc/$BASHPID/stat" && [ "$parent" = $$ ]; do
+            left=$((end - $(printf '%(%s)T' -1)))
+            [ "$left" -gt 0 ] || { postnas_guard_acts; break; }
+            read -r -t $((left < postnas_guard_look ? left : postnas_guard_look)) -u "$never"
+        done
     ) &
     postnas_guard=$!
-}
-
-# The head node's address as Slurm knows it; `hostname -i` may name an interface that other nodes cannot reach.
-postnas_head_address() {
-    scontrol show node --oneliner "$1" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p'
-}
-
-# Below the range that the kernel hands out, one per job, and not in use by somebody else on the head node.
-postnas_port() {
-    local port=$((15000 + SLURM_JOB_ID % 15000)) try
-    for try in $(seq 50); do
-        (exec 3<> "/dev/tcp/127.0.0.1/$port") 2>/dev/null || break
-        port=$((15000 + (port - 15000 + 97) % 15000))
-    done
-    echo "$port"
+    disown "$postnas_guard"   # whoever kills it later gets no line about that
 }
 
 # Why a node that wrote nothing is bad: the step's time ran out (124), or its process has ended by itself.
@@ -135,7 +194,7 @@ postnas_silence() {
 postnas_judge_nodes() {
     local node bad=0 silent=0 reason first=
     POSTNAS_BAD_NODES='' POSTNAS_BAD_REASON=''
-    for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+    for node in $(postnas_nodes); do
         if [ -e "$POSTNAS_PREFLIGHT_DIR/$node.ok" ] && [ ! -e "$POSTNAS_PREFLIGHT_DIR/$node.bad" ]; then continue; fi
         if [ -s "$POSTNAS_PREFLIGHT_DIR/$node.bad" ]; then
             reason=$(head -n 1 "$POSTNAS_PREFLIGHT_DIR/$node.bad")
@@ -166,8 +225,8 @@ postnas_can_do_without() {
 }
 
 postnas_preflight() {
-    local failed excluded again began=$SECONDS step=$((POSTNAS_PREFLIGHT_TIMEOUT + 60))
-    export POSTNAS_PREFLIGHT_DIR="$POSTNAS_RUN_DIR/cluster/preflight/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
+    local failed state excluded again began=$SECONDS step=$((POSTNAS_PREFLIGHT_TIMEOUT + 60))
+    export POSTNAS_PREFLIGHT_DIR="$POSTNAS_RUN_DIR/cluster/preflight/$SLURM_JOB_ID.$postnas_restart"
     mkdir -p "$POSTNAS_PREFLIGHT_DIR"
     POSTNAS_STEP=preflight timeout --signal=TERM --kill-after=15 "$step" \
         srun --output="$POSTNAS_PREFLIGHT_DIR/log.txt" "${postnas_srun[@]}" --wait=0 \
@@ -180,15 +239,20 @@ postnas_preflight() {
     fi
     postnas_judge_nodes "$failed"
     if [ -z "$POSTNAS_BAD_REASON" ]; then return 0; fi
-    if [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" != RUNNING ]; then exit 75; fi
+    # A job that is preempted or reaches its limit counts as running until its processes are gone. Its nodes are well.
+    state=$(postnas_state)
+    if [ -n "$postnas_terminated" ] || [[ $state != @(RUNNING|) ]] || { [[ $failed = @(143|137) ]] &&
+        ! compgen -G "$POSTNAS_PREFLIGHT_DIR/*.bad" > /dev/null; }; then
+        postnas_note end 75 "ended by Slurm in preflight (exit code $failed)"
+        postnas_again 75
+    fi
     postnas_note preflight "$failed" "$POSTNAS_BAD_REASON"
     read -r _ _ again < <(postnas_stalls)
     if [ "$again" -gt "$POSTNAS_PREFLIGHT_REQUEUES" ]; then
         postnas_give_up 1 "preflight failed $again times, now: $POSTNAS_BAD_REASON"
     fi
     if [ -n "$POSTNAS_BAD_NODES" ]; then
-        excluded=$(scontrol show job --oneliner "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
-        excluded=${excluded#(null)}
+        excluded=$(postnas_job_field ExcNodeList '[]A-Za-z0-9_.,[-]+')
         excluded=${excluded:+$excluded,}$POSTNAS_BAD_NODES
         postnas_can_do_without "$excluded" ||
             postnas_give_up 1 "preflight failed: $POSTNAS_BAD_REASON; the other nodes are too few for this job"
@@ -199,6 +263,7 @@ postnas_preflight() {
         scontrol requeue "$SLURM_JOB_ID" && [ -n "$POSTNAS_BAD_NODES" ] &&
             scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$excluded"
     )
+    postnas_phase=over
     exit 75
 }
 
@@ -214,22 +279,36 @@ postnas_load_module() {
     module load "$1" || postnas_give_up 1 "module load $1 failed on $(hostname -s)"
 }
 
-postnas_begin() {
-    local crashed idle
-    trap 'postnas_say "SIGTERM"' TERM   # without a trap the shell dies at once and nobody decides what follows
+# Before modules and set-up lines, which may hang or end in the middle.
+postnas_enter() {
+    local idle
+    postnas_forget_filters
+    # Without a trap the shell dies at once and nobody decides what follows.
+    trap 'postnas_terminated=1; postnas_say "SIGTERM"' TERM
     trap 'postnas_finish $?' EXIT
-    postnas_note start "$SLURM_JOB_NUM_NODES $SLURM_JOB_NODELIST" || postnas_give_up 1 "cannot write $postnas_attempts"
+    postnas_note start "$SLURM_JOB_NUM_NODES $SLURM_JOB_NODELIST" ||
+        postnas_give_up 1 "cannot write $postnas_attempts$(postnas_disk)"
     postnas_say "$POSTNAS_TARGET on $SLURM_JOB_NODELIST"
-    read -r crashed idle _ < <(postnas_stalls)
-    if [ "$idle" -gt "$postnas_idle_limit" ]; then postnas_give_up 1 "interrupted $idle times without progress"; fi
+    read -r _ idle _ < <(postnas_stalls)
+    if [ "$idle" -gt "$postnas_idle_limit" ]; then postnas_give_up 1 "$(postnas_no_end "$idle")"; fi
+    postnas_watch_clock
+}
+
+postnas_begin() {
+    set +eu +o pipefail
+    postnas_forget_filters
+    # Set-up lines are the user's: they may have traps of their own.
+    trap 'postnas_terminated=1; postnas_say "SIGTERM"' TERM
+    trap 'postnas_finish $?' EXIT
     # sbatch's own --cpus-per-task reaches steps through this variable only (since Slurm 22.05).
     if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"; fi
     export SLURM_EXPORT_ENV=ALL
-    MASTER_ADDR=$(postnas_head_address "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)")
+    MASTER_ADDR=$(postnas_head_address "$(postnas_nodes | head -n 1)")
     MASTER_PORT=$(postnas_port)
     export MASTER_ADDR MASTER_PORT
     mkdir -p "$POSTNAS_STATE_DIR" "$POSTNAS_LOG_DIR"
-    postnas_watch_clock
+    # A step that starts now would be the one that fails.
+    if [ -n "$postnas_terminated" ]; then exit 143; fi
     if [ "$POSTNAS_PREFLIGHT" = 1 ]; then postnas_phase=preflight; postnas_preflight; fi
     postnas_phase=run
 }

@@ -146,12 +146,18 @@ def check_versions(job: Job) -> None:
 def check_environment(job: Job) -> None:
     """The packages can run this run's stages. The same on all nodes, since their versions are. Raises Unfit."""
     try:
-        from megatron_jet.configs.environment import run_problem
+        from megatron_jet.configs.environment import gpu_problem, run_problem, slow_path
         from megatron_jet.configs.errors import UserError
     except ImportError as error:
         raise Unfit(f"{error}; install the project's extras 'train,eval,gpu' where the job runs") from None
     try:
         problem = run_problem(job.run_dir, compute_capability(job), os.environ.get("JET_KERNELS", "auto"))
+        if job.gpus and not problem:
+            import torch  # nvidia-smi may be well where torch is not
+
+            problem = gpu_problem(job.gpus, torch.cuda.device_count(), torch.__version__)
+            if slow := slow_path():
+                print(f"{job.node}: {slow}", flush=True)
     except UserError as error:
         problem = str(error)
     if problem:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from megatron.core import parallel_state
 
+from megatron_jet.configs import directories
 from megatron_jet.configs.overrides import load_yaml
 from megatron_jet.configs.run import RunConfig
-from megatron_jet.configs import directories
 from megatron_jet.postnas import pipeline, scoring
 from megatron_jet.postnas.processes import rank
 from megatron_jet.postnas.stage import StageContext

@@ -103,7 +103,7 @@ def config(root: Path, **changes) -> RunConfig:
         hardware_search=base.hardware_search.replace(
             training=training(2),
             grid=(GridPoint(d_k=8, d_v=16, heads=2), GridPoint(d_k=16, d_v=8, heads=2)),
-            throughput=ANALYTIC,
+            throughput=ANALYTIC.replace(also_timed=True, new_tokens=2, iterations=2),
             eval=EVAL,
         ),
         stage1=base.stage1.replace(

@@ -63,3 +63,18 @@ def test_what_the_file_system_says_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run_stage, "run_targets", full)
     assert run_stage.main([str(tmp_path), "prepare"]) == 1
     assert capsys.readouterr().err == f"error: {tmp_path}/status.json: No space left on device\n"
+
+
+def test_job_with_gpus_that_torch_does_not_see_never_trains_on_the_cpu(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for asked in ("", "0", "1", "x"):
+        monkeypatch.setenv("POSTNAS_GPUS", asked)
+        run_stage.check_gpus()
+    monkeypatch.setenv("POSTNAS_GPUS", "2")
+    (tmp_path / "config.yaml").write_text(dump_yaml(tiny()))
+    assert run_stage.main([str(tmp_path), "prepare"]) == 1
+    err = capsys.readouterr().err
+    assert (
+        err == f"error: torch {torch.__version__} sees 1 of 2 GPUs: a CPU build, the driver, or CUDA_VISIBLE_DEVICES\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]

@@ -132,7 +132,10 @@ def measure(config, mixer: str, teacher, training, options: argparse.Namespace, 
     from megatron_jet.configs.run_estimate import planned_student
     from megatron_jet.training.bench import bench_job, time_steps
 
-    model = teacher if mixer == "attn" else planned_student(config, teacher, mixer)
+    student = planned_student(config, teacher)
+    if mixer not in student.layer_plan:
+        student = planned_student(config, teacher, mixer)
+    model = teacher if mixer == "attn" else student
     if mixer not in model.layer_plan:
         raise UserError(f"--layers {options.layers}: the recipe's placement budgets leave no layer for {mixer}")
     dtype = options.dtype or config.dtype

@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -46,9 +47,19 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("checkpoint", type=Path, metavar="CKPT")
     verify.add_argument("--tp", type=int, default=1, help="tensor-parallel size of the Megatron model")
     verify.add_argument("--pp", type=int, default=1, help="pipeline-parallel size of the Megatron model")
-    verify.add_argument("--tolerance", type=float, default=1e-4, help="relative difference that still counts as equal")
+    verify.add_argument(
+        "--tolerance", type=tolerance, default=1e-4, help="relative difference that still counts as equal"
+    )
     verify.add_argument("--json", action="store_true", help="print the comparison as JSON")
     return parser
+
+
+def tolerance(text: str) -> float:
+    """A relative difference. Raises ArgumentTypeError when nothing, or everything, would be within it."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number of 0 or more")
+    return value
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_jet.configs.command_line import run_tool  # noqa: E402
+from megatron_jet.configs.signals import stop_on_signals  # noqa: E402
 
 EXAMPLE = """example, four parts of one corpus and questions prepared by themselves:
   for i in 1 2 3 4; do
@@ -41,4 +42,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    stop_on_signals()
     sys.exit(run_tool(main))

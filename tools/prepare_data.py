@@ -9,6 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_jet.configs.command_line import run_tool  # noqa: E402
+from megatron_jet.configs.signals import stop_on_signals  # noqa: E402
 
 EXAMPLE = """example:
   python tools/prepare_data.py corpus/ questions.jsonl data/prepared --tokenizer models/Qwen2.5-1.5B
@@ -20,7 +21,7 @@ NAME=PATH makes a source of that name (and NAME_qa of lines with answers), which
 name the sources are text and qa.
 jsonl may be compressed: .jsonl.gz, .jsonl.zst, .json.gz and .json.zst are read as they are.
 Samples with answers are never cut, so take --seq-length no longer than training.seq_length of the recipe.
-Documents go to train (90%), search and heldout (5% each) by a hash of their path and line.
+Documents go to train (90%), search and heldout (5% each) by a hash of what they say.
 A large corpus is prepared in parts, on several nodes or nights: --part 1/16 to --part 16/16, each into a directory of
 its own, then tools/merge_data.py makes one of them."""
 
@@ -86,4 +87,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    stop_on_signals()
     sys.exit(run_tool(main))

@@ -3,11 +3,11 @@
 import shutil
 from pathlib import Path
 
-from megatron_jet.configs.lock import lock_holder
 from jet_launcher.run_directory import RunDirectory
 from jet_launcher.stage_status import DONE, read_run
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import read_json
+from megatron_jet.configs.lock import lock_holder
 
 
 def removable(run: RunDirectory, everything: bool) -> list[Path]:

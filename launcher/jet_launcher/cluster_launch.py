@@ -13,9 +13,10 @@ from jet_launcher.options import LaunchOptions, check_inputs, data_notes, inputs
 from jet_launcher.prefetch import refuse_missing
 from jet_launcher.remote import launch_remotely
 from jet_launcher.run_directory import RunDirectory, check_directory, check_upstream_results, open_run, safe_name
-from jet_launcher.slurm.launch import Target, dry_run, live_jobs, submit_run, wait_for
+from jet_launcher.slurm.launch import Target, dry_run, live_jobs, node_path, submit_run, wait_for
 from jet_launcher.slurm.overview import run_word, shown_views
 from jet_launcher.slurm.record import read_record
+from jet_launcher.slurm.scripts import check_mounts
 from jet_launcher.slurm.taken import Interrupted
 from jet_launcher.usage import UsageError, usage_errors
 from megatron_jet.configs.cluster import TunnelConfig
@@ -124,6 +125,7 @@ def _dry_run(config: RunConfig, stages: tuple[str, ...], options: LaunchOptions,
     try:
         config = expand_paths(config)
         missing = inputs_problem(config)
+        check_mounts(config, target.cluster)
     except UserError as error:
         missing = str(error)
     output = options.output or root / f"{safe_name(config.recipe)}-TIME"
@@ -140,6 +142,6 @@ def _make_findable(run: RunDirectory, root: Path) -> None:
         return
     try:
         root.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(run.path.resolve())
+        link.symlink_to(node_path(run))
     except OSError:
         pass  # the path works as ID

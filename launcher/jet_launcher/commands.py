@@ -13,7 +13,6 @@ from jet_launcher.clean import removable, remove, size_of
 from jet_launcher.cluster_launch import refuse_live_jobs
 from jet_launcher.exit_codes import DONE, FAILED
 from jet_launcher.local import ROOT
-from megatron_jet.configs.lock import lock_holder
 from jet_launcher.logs import show_log
 from jet_launcher.processes import worker_environment
 from jet_launcher.progress import describe, describe_end
@@ -27,6 +26,7 @@ from jet_launcher.stage_status import DONE as STAGE_DONE
 from jet_launcher.stage_status import RUNNING, read_run, run_state
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.estimate_text import format_bytes, table
+from megatron_jet.configs.lock import lock_holder
 
 CANCEL_TIMEOUT = 600.0  # seconds a worker may take to save
 

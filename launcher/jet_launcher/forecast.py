@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,13 +105,27 @@ def check_disk(expected: Forecast, run: RunDirectory) -> None:
 
 
 def check_space(needed: int, run: RunDirectory) -> None:
-    """Raise UserError when the disk of the run directory has less than `needed` bytes free."""
+    """Raise UserError when the disk of the run directory has less than `needed` bytes free, beside what the unfinished
+    stages hold already."""
     free = free_bytes(run.path)
-    if needed > free:
-        raise UserError(
-            f"{run.path}: the run needs up to {format_bytes(needed)} but the disk has {format_bytes(free)} free; give "
-            "an --output on another one"
+    began = run.path / "stages"
+    there = sum(bytes_under(stage) for stage in began.glob("*") if not (stage / "result.json").is_file())
+    if needed > free + there:
+        # A run that has begun stays where it is.
+        way = (
+            "free some there (`clean` removes old checkpoints)" if began.is_dir() else "give an --output on another one"
         )
+        size = format_bytes(needed - there) + (" more" if there else "")
+        raise UserError(f"{run.path}: the run needs up to {size} but the disk has {format_bytes(free)} free; {way}")
+
+
+def bytes_under(folder: Path) -> int:
+    """Size of all files in a directory; those that vanish meanwhile count as nothing."""
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            total += path.lstat().st_size if path.is_file() and not path.is_symlink() else 0
+    return total
 
 
 def free_bytes(path: Path) -> int:

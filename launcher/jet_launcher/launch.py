@@ -30,8 +30,8 @@ from jet_launcher.run_directory import (
 from jet_launcher.stage_status import read_run, run_state
 from jet_launcher.usage import usage_errors
 from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.files import describe_os_error
 from megatron_jet.configs.estimate_text import model_text, run_text
+from megatron_jet.configs.files import describe_os_error
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.overrides import apply_overrides
 from megatron_jet.configs.recipes.catalog import load_recipe

@@ -4,11 +4,11 @@ import time
 from pathlib import Path
 from typing import TextIO
 
-from megatron_jet.configs.lock import lock_holder
 from jet_launcher.run_directory import RunDirectory
 from jet_launcher.stage_status import PENDING, read_run
 from jet_launcher.usage import usage_errors
 from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.lock import lock_holder
 
 POLL_SECONDS = 0.3
 
@@ -28,6 +28,8 @@ def log_path(run: RunDirectory, stage: str | None) -> Path:
             raise UserError(f"{stage} of {run.id} has no log yet ({path})")
         return path
     started = [s for s in read_run(run) if s.state != PENDING and (run.stage(s.stage) / "log.txt").is_file()]
+    # A full disk lets logs begin and takes no line.
+    started = [s for s in started if (run.stage(s.stage) / "log.txt").stat().st_size] or started
     if started:
         latest = max(started, key=lambda status: status.updated or 0.0)
         return run.stage(latest.stage) / "log.txt"
@@ -41,12 +43,16 @@ def show_log(run: RunDirectory, stage: str | None, follow: bool, stream: TextIO)
     no stage was named."""
     path = log_path(run, stage)
     position = _copy(path, 0, stream)
-    while follow and lock_holder(run.lock_file) is not None:
-        time.sleep(POLL_SECONDS)
+    while follow:
+        over = lock_holder(run.lock_file) is None  # asked first: what was written until then is shown
+        if not over:
+            time.sleep(POLL_SECONDS)
         position = _copy(path, position, stream)
         latest = path if stage is not None else log_path(run, None)
         if latest != path:
             path, position = latest, _copy(latest, 0, stream)
+        if over:
+            return
     _copy(path, position, stream)
 
 

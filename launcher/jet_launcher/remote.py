@@ -152,11 +152,20 @@ def ssh_command(tunnel: TunnelConfig) -> list[str]:
 def _launcher(tunnel: TunnelConfig, code: str, arguments: list[str]) -> int:
     words = [tunnel.python, "launcher/postnas.py", *arguments]
     # A login shell: modules, Slurm's commands and the variables of the cluster file come from its profile.
-    line = f"cd {shlex.quote(code)} && exec {shlex.join(words)}"
-    result = subprocess.run([*ssh_command(tunnel), f"bash -lc {shlex.quote(line)}"], check=False)
-    if result.returncode == SSH_FAILED:
+    mark = _mark()
+    line = f"cd {shlex.quote(code)} && echo && echo {mark} && exec {shlex.join(words)}"
+    command = [*ssh_command(tunnel), f"bash -lc {shlex.quote(line)}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        # What start-up files print is not the launcher's: --json is for programs.
+        while (said := process.stdout.readline()) and said.strip() != mark.encode():
+            pass
+        while said := process.stdout.read1():
+            sys.stdout.buffer.write(said)
+            sys.stdout.buffer.flush()
+    if process.returncode == SSH_FAILED:
         raise UserError(f"ssh to {tunnel.host} failed; try: {shlex.join(ssh_command(tunnel))} true")
-    return result.returncode
+    return process.returncode
 
 
 def _expanded(tunnel: TunnelConfig, path: str) -> str:
@@ -165,9 +174,22 @@ def _expanded(tunnel: TunnelConfig, path: str) -> str:
         raise UsageError(
             f"job_dir={path}: on an SSH cluster it may hold letters, digits, ${{VAR}} and _ . / @ + , = - only"
         )
-    done = _ssh(tunnel, f"bash -lc {shlex.quote(f'set -u; printf %s "{path}"')}")
+    mark = _mark()
+    # Between marks: start-up files of login shells print, before and after. Single quotes keep it from csh.
+    line = f'set -u; printf "\\n%s%s%s\\n" {mark} "{path}" {mark}'
+    done = _ssh(tunnel, f"bash -lc {shlex.quote(line)}")
     _check(done, tunnel, f"{path} could not be expanded")
-    return done.stdout.decode().strip()
+    said = done.stdout.decode(errors="replace").split(mark)
+    value = said[1] if len(said) == 3 else ""
+    if not value.startswith("/") or not value.isprintable():
+        shown = " ".join((value or done.stdout.decode(errors="replace")).split())[-200:]
+        raise UserError(f"{tunnel.host}: {path} is no absolute path there ({shown or 'nothing was printed'})")
+    return value.rstrip("/") or "/"
+
+
+def _mark() -> str:
+    """A word that nothing else prints, to find our part in the output of a login shell."""
+    return f"postnas-{secrets.token_hex(8)}"
 
 
 def _send(tunnel: TunnelConfig, path: str, content: bytes) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from jet_launcher.usage import usage_errors
 from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.files import read_json, write_text
+from megatron_jet.configs.files import describe_os_error, read_json, write_text
 from megatron_jet.configs.lock import exclusive
 from megatron_jet.configs.overrides import dump_yaml, load_yaml
 from megatron_jet.configs.run import RunConfig

@@ -8,10 +8,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from megatron_jet.configs.lock import LockHolder, lock_holder
 from jet_launcher.run_directory import RunDirectory
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import read_json
+from megatron_jet.configs.lock import LockHolder, lock_holder
 from megatron_jet.configs.stages import STAGE_ORDER
 
 PENDING, RUNNING, DONE, FAILED, INTERRUPTED = "pending", "running", "done", "failed", "interrupted"

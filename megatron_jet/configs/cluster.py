@@ -20,9 +20,11 @@ OWNED_SBATCH = (
     "gpus-per-node", "gres", "cpus-per-task", "mem", "exclusive", "time", "signal", "dependency", "kill-on-invalid-dep",
     "job-name", "output", "error", "open-mode", "requeue", "no-requeue", "array", "wrap", "parsable", "chdir", "export",
     "wait", "test-only", "hold", "clusters", "export-file", "no-kill", "help", "usage", "version", "quiet",
+    "het-group",
 )  # fmt: skip
-# sbatch takes any option by its first letters; these are options of their own, not the start of one above.
-_OPTIONS_THAT_START_OTHERS = ("gpus",)
+# These count GPUs in other ways: for the whole job, so that jobs of one node ask for as many as those of four, or for
+# every process, which then sees one GPU alone while the code takes the one of its local rank.
+OTHER_GPU_COUNTS = ("gpus", "gpus-per-task", "gpus-per-socket", "ntasks-per-gpu")
 # Slurm keeps the time of --signal in 16 bits.
 _LARGEST_WARNING = 65535
 _TIME = re.compile(r"(\d+-)?\d{1,3}:[0-5]\d:[0-5]\d")
@@ -52,6 +54,25 @@ def _printable(text: str) -> str:
 def _name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.@:+,-]*", _printable(text)):
         raise ValueError("may hold letters, digits and _ . @ : + , - only")
+    return text
+
+
+def _account(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.@:+,/-]*", _printable(text)):
+        raise ValueError("may hold letters, digits and _ . @ : + , / - only")
+    return text
+
+
+def _gpu_type(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*", _printable(text)):
+        raise ValueError("write a type as Slurm's gres.conf has it, for example h100; the number is gpus_per_node")
+    return text
+
+
+def _one_cluster(text: str) -> str:
+    # Jobs of a run wait for one another, which Slurm knows on one cluster only.
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", _printable(text)):
+        raise ValueError("write the name of one cluster: letters, digits and _ . - only")
     return text
 
 
@@ -98,6 +119,9 @@ def _image(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_printable)]
 Name = Annotated[str, BeforeValidator(_as_text), AfterValidator(_name)]
+Account = Annotated[str, BeforeValidator(_as_text), AfterValidator(_account)]
+GpuType = Annotated[str, BeforeValidator(_as_text), AfterValidator(_gpu_type)]
+OneCluster = Annotated[str, BeforeValidator(_as_text), AfterValidator(_one_cluster)]
 Constraint = Annotated[str, BeforeValidator(_as_text), AfterValidator(_constraint)]
 NodeList = Annotated[str, BeforeValidator(_as_text), AfterValidator(_node_list)]
 AbsolutePath = Annotated[str, AfterValidator(_absolute)]
@@ -153,7 +177,8 @@ class ClusterConfig(StrictModel):
     """One place that runs stages."""
 
     scheduler: Literal["local", "slurm"] = Field(default="slurm", description="local: this machine, no Slurm")
-    account: Name | None = None
+    account: Account | None = None
+    clusters: OneCluster | None = Field(default=None, description="sbatch --clusters, one name; None: the site's own")
     partition: Name | None = Field(default=None, description="None: the cluster's default")
     qos: Name | None = None
     reservation: Name | None = None
@@ -161,6 +186,7 @@ class ClusterConfig(StrictModel):
     exclude: NodeList | None = Field(default=None, description="nodes never to use, comma-separated")
     nodes: Count = Field(default=1, ge=1, description="largest number of nodes one job may ask for")
     gpus_per_node: Count = Field(default=0, ge=0, description="0: CPU nodes, processes talk over gloo")
+    gpu_type: GpuType | None = Field(default=None, description="for sites that want it named, for example h100")
     gpu_request: Literal["gpus-per-node", "gres", "none"] = Field(
         default="gpus-per-node", description="how GPUs are asked for; none: the site hands out whole nodes"
     )
@@ -221,10 +247,14 @@ class ClusterConfig(StrictModel):
         for key in options:
             if not re.fullmatch(r"[a-z][a-z-]*", key):
                 raise ValueError(f"{key!r} is not an sbatch option (write it long, without --)")
+            if key in ("gres", "gpus-per-node"):
+                raise ValueError(f"{key} is set by the launcher; see gpus_per_node, gpu_type and gpu_request")
             if key in OWNED_SBATCH:
                 raise ValueError(f"{key} is set by the launcher or has a field of its own")
+            if key in OTHER_GPU_COUNTS:
+                raise ValueError(f"{key} counts GPUs otherwise; use the fields gpus_per_node, gpu_type and gpu_request")
             starts = [owned for owned in OWNED_SBATCH if owned.startswith(key)]
-            if starts and key not in _OPTIONS_THAT_START_OTHERS:
+            if starts:
                 raise ValueError(f"sbatch takes {key} for {starts[0]}; write options in full")
         return options
 

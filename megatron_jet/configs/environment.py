@@ -12,6 +12,8 @@ from megatron_jet.configs.mixers.delta_rule import DeltaRuleConfig
 from megatron_jet.configs.overrides import load_yaml
 from megatron_jet.configs.run import RunConfig
 
+MINIMUM_TORCH = (2, 9)
+MINIMUM_TRANSFORMER_ENGINE = (2, 11)  # below it, the model builder takes Megatron's own modules
 SUPPORTED_MEGATRON = "0.19.2"  # training/ uses internals of this very version, on GPUs, too
 # On Hopper these versions of Triton miscompile a backward kernel of the gated delta rule
 # (github.com/fla-org/flash-linear-attention, issue 640): from the first, up to but without the second.
@@ -42,7 +44,7 @@ def triton_problem(capability: str, kernels: str) -> str | None:
     found = _version("triton")
     if capability != HOPPER or found is None or importlib.util.find_spec("tilelang") is not None:
         return None
-    numbers = tuple(int(part) for part in re.findall(r"\d+", found)[:3])
+    numbers = _numbers(found)
     first, fixed = MISCOMPILING_TRITON
     settings = [item.strip() for item in kernels.split(",")]
     if not first <= numbers < fixed or {"reference", "chunk_gated_delta_rule=reference"} & set(settings):
@@ -50,6 +52,42 @@ def triton_problem(capability: str, kernels: str) -> str | None:
     return (
         f"triton {found} cannot train the gated delta rule on Hopper GPUs: pip install tilelang, "
         "or set JET_KERNELS=auto,chunk_gated_delta_rule=reference (slower)"
+    )
+
+
+def gpu_problem(asked: int, seen: int, torch_version: str) -> str | None:
+    """Why processes that were given GPUs would not use them, or None. Without this they would train on the CPU.
+
+    Args:
+        asked: GPUs per node that the job was to get.
+        seen: what torch.cuda.device_count() says.
+    """
+    if seen >= asked:
+        return None
+    return f"torch {torch_version} sees {seen} of {asked} GPUs: a CPU build, the driver, or CUDA_VISIBLE_DEVICES"
+
+
+def package_problem(gpus: bool) -> str | None:
+    """Which package is missing or too old for training, or None. With GPUs, what only they need counts, too."""
+    torch = _version("torch")
+    if torch is None:
+        return "torch is not installed; install this project with the extras 'train,eval,gpu'"
+    if _numbers(torch) < MINIMUM_TORCH:
+        return f"torch {torch} is installed, {_text(MINIMUM_TORCH)} or newer is needed"
+    if gpus and importlib.util.find_spec("fla") is None:
+        return "flash-linear-attention is not installed, and linear mixers on GPUs need it: install the extra 'gpu'"
+    return None
+
+
+def slow_path() -> str | None:
+    """What makes training on GPUs slower than it could be, in words, or None."""
+    found = _version("transformer-engine")
+    if found is not None and _numbers(found) >= MINIMUM_TRANSFORMER_ENGINE:
+        return None
+    wanted = _text(MINIMUM_TRANSFORMER_ENGINE)
+    return (
+        f"transformer-engine {'is not installed' if found is None else found + ' is older than ' + wanted}: "
+        f"slow path, Megatron's own modules are used ({wanted} or newer is faster)"
     )
 
 
@@ -66,11 +104,20 @@ def run_problem(run_dir: Path, capability: str | None, kernels: str) -> str | No
         capability: compute capability of the GPUs; None without GPUs.
         kernels: value of JET_KERNELS.
     """
-    problem = megatron_problem()
+    problem = megatron_problem() or package_problem(gpus=capability is not None)
     if problem is None and capability is not None:
         config = RunConfig.parse(load_yaml(run_dir / "config.yaml"), str(run_dir / "config.yaml"))
         problem = triton_problem(capability, kernels) if trains_delta_rule(config) else None
     return problem
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The first three; 2.9.0a0 of a container counts as 2.9.0."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+
+
+def _text(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 def _version(package: str) -> str | None:

@@ -18,6 +18,7 @@ class Family:
         qk_norm: every query and key head is normalised (RMSNorm).
         derives_head_dim: config.json has no head_dim; it is hidden_size / num_attention_heads.
         default_head_dim: without the key in config.json; None: hidden_size / num_attention_heads.
+        windows: config.json can switch on sliding windows. The code of other families ignores those keys.
     """
 
     architecture: str
@@ -25,6 +26,7 @@ class Family:
     qk_norm: bool = False
     derives_head_dim: bool = False
     default_head_dim: int | None = None
+    windows: bool = False
 
     @property
     def traits(self) -> tuple[bool, bool]:
@@ -33,8 +35,8 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, derives_head_dim=True),
-    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, default_head_dim=128),
+    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, derives_head_dim=True, windows=True),
+    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, default_head_dim=128, windows=True),
     "llama": Family("LlamaForCausalLM"),
 }
 

@@ -54,6 +54,9 @@ def check_types(config: Any, where: str) -> None:
 
 
 def _check_rope(rope: dict[str, Any], where: str) -> None:
+    kinds = sorted(key for key, value in rope.items() if isinstance(value, dict))
+    if kinds:
+        raise UserError(f"{where} differs per kind of layer ({', '.join(kinds)}); only one for all layers is supported")
     theta = rope.get("rope_theta")
     if theta is not None and not is_number(theta):
         raise UserError(f"{where}.rope_theta={_short(theta)} is not a finite number above 0")

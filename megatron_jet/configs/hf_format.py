@@ -9,8 +9,10 @@ import json
 from typing import Any
 
 from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.families import FAMILIES, RopeScaling
+from megatron_jet.configs.families import FAMILIES
 from megatron_jet.configs.hf_checks import check_types, is_names, is_number, is_size
+from megatron_jet.configs.hf_keys import check_keys
+from megatron_jet.configs.hf_rope import rope_key, rope_keys, rope_scaling
 from megatron_jet.configs.layer_plan import LayerPlan, split_entry
 from megatron_jet.configs.mixers.base import MixerConfig
 from megatron_jet.configs.mixers.registry import LINEAR_MIXERS, mixer_config_class
@@ -24,6 +26,7 @@ ARCHITECTURES = {name: family.architecture for name, family in FAMILIES.items()}
 HYBRIDS = tuple(HYBRID_ARCHITECTURES)
 EXPANSION_DIGITS = 10  # that published files give of expand_v, after the point
 PUBLISHED_KEY_VALUE_HEADS = 2  # of a hybrid's config.json that does not say
+DEFAULT_WINDOW, DEFAULT_FIRST_WINDOW = 4096, 28  # transformers' of Qwen2 and Qwen3, where windows are switched on
 
 
 def model_from_hf(config: dict[str, Any], where: str = "config.json") -> ModelConfig:
@@ -49,11 +52,13 @@ def _model(config: dict[str, Any], where: str) -> ModelConfig:
     model_type = config.get("model_type")
     if model_type not in ARCHITECTURES:
         raise UserError(f"{where}: model_type '{model_type}' is not supported; known: {', '.join(ARCHITECTURES)}")
-    _refuse_unsupported(config, where)
     base = config.get("base_model_type") or "qwen2" if model_type in HYBRIDS else model_type
     if base not in FAMILIES:
         raise UserError(f"{where}: base_model_type '{base}' is not supported; known: {', '.join(FAMILIES)}")
     family, hybrid = FAMILIES[base], model_type in HYBRIDS
+    check_keys(config, hybrid, ARCHITECTURES[model_type], where)
+    where_rope = rope_key(config, hybrid)
+    rope = config.get(where_rope) or {}
     heads = _required(config, "num_attention_heads", where)
     hidden = _required(config, "hidden_size", where)
     num_layers = _required(config, "num_hidden_layers", where)
@@ -66,11 +71,11 @@ def _model(config: dict[str, Any], where: str) -> ModelConfig:
             "num_key_value_heads": _key_value_heads(config, hybrid, heads),
             "head_dim": config.get("head_dim") or _default_head_dim(model_type, hidden, heads),
             "vocab_size": _required(config, "vocab_size", where),
-            "max_position_embeddings": config.get("max_position_embeddings") or 32768,
-            "rope_theta": _rope_theta(config, hybrid),
-            "rope_scaling": _rope_scaling(config, where),
-            "rms_norm_eps": float(config.get("rms_norm_eps") or 1e-6),
-            "initializer_range": config.get("initializer_range") or 0.02,
+            "max_position_embeddings": config.get("max_position_embeddings", 32768),
+            "rope_theta": float(rope.get("rope_theta") or config.get("rope_theta") or (1e6 if hybrid else 1e4)),
+            "rope_scaling": rope_scaling(rope, f"{where}: {where_rope}"),
+            "rms_norm_eps": float(config.get("rms_norm_eps", 1e-6)),
+            "initializer_range": config.get("initializer_range", 0.02),
             # What the hybrid formats mean without a key is what their modeling code takes, whatever the base model is.
             "tie_word_embeddings": _flag(config, "tie_word_embeddings", hybrid),
             "qkv_bias": _flag(config, "qkv_bias", hybrid or family.qkv_bias),
@@ -110,7 +115,7 @@ def model_to_hf(model: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
         "use_cache": True,
         "tie_word_embeddings": model.tie_word_embeddings,
         "rope_theta": model.rope_theta,
-        "rope_scaling": _rope_keys(model.rope_scaling),
+        "rope_scaling": rope_keys(model.rope_scaling),
         "attention_dropout": 0.0,
         "bos_token_id": model.bos_token_id,
         "eos_token_id": model.eos_token_id,
@@ -234,17 +239,25 @@ def _plan(config: dict[str, Any], model_type: str, num_layers: int, where: str) 
 
 
 def _plain_plan(config: dict[str, Any], types: list[str] | None, num_layers: int, where: str) -> LayerPlan:
-    """Plain models: full attention, except where Qwen2 and Qwen3 switch on their sliding window."""
-    window = config.get("sliding_window")
-    sliding = bool(config.get("use_sliding_window")) and window
+    """Plain models: full attention, except where Qwen2 and Qwen3 switch on their sliding window.
+
+    As transformers reads these keys: `use_sliding_window` is the gate of the window, `layer_types` says which layers
+    have it, and else the first `max_window_layers` have none. Llama's code looks at none of them.
+    """
+    known = ("full_attention", "sliding_attention")
+    for kind in types or ():
+        if kind not in known:
+            raise UserError(f"{where}: layer_types has '{kind}'; known here: {', '.join(known)}")
+    if not FAMILIES[config["model_type"]].windows:
+        return ("attn",) * (num_layers if types is None else len(types))
+    window = config.get("sliding_window", DEFAULT_WINDOW) if config.get("use_sliding_window") else None
     if types is None:
-        first = 28 if config.get("max_window_layers") is None else config["max_window_layers"]
-        types = ["sliding_attention" if sliding and i >= first else "full_attention" for i in range(num_layers)]
-    names = {"full_attention": "attn", "sliding_attention": f"swa:{window}"}
-    for kind in types:
-        if kind not in names:
-            raise UserError(f"{where}: layer_types has '{kind}'; known here: {', '.join(names)}")
-    return tuple(names[kind] for kind in types)
+        first = config.get("max_window_layers", DEFAULT_FIRST_WINDOW) if window else num_layers
+        return tuple(f"swa:{window}" if layer >= first else "attn" for layer in range(num_layers))
+    if window is None and known[1] in types:
+        closed = "sliding_window is null" if config.get("use_sliding_window") else "use_sliding_window is not true"
+        raise UserError(f"{where}: layer_types has '{known[1]}' but {closed}; transformers cannot run this either")
+    return tuple(f"swa:{window}" if kind == known[1] else "attn" for kind in types)
 
 
 def _mixers(config: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:
@@ -261,15 +274,6 @@ def _mixers(config: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:
     return mixers
 
 
-def _refuse_unsupported(config: dict[str, Any], where: str) -> None:
-    if config.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{where}: hidden_act '{config['hidden_act']}' is not supported, only silu")
-    # `attention_bias` would put a bias on the output projection too.
-    for key, supported in (("mlp_bias", False), ("attention_bias", False), ("partial_rotary_factor", 1.0)):
-        if config.get(key) not in (None, supported):
-            raise UserError(f"{where}: {key}={config[key]} is not supported")
-
-
 def _key_value_heads(config: dict[str, Any], hybrid: bool, heads: int) -> int:
     """Null means one per query head. Without the key hybrids have the published default."""
     missing = PUBLISHED_KEY_VALUE_HEADS if hybrid else None
@@ -279,30 +283,6 @@ def _key_value_heads(config: dict[str, Any], hybrid: bool, heads: int) -> int:
 def _default_head_dim(model_type: str, hidden: int, heads: int) -> int:
     family = FAMILIES.get(model_type)
     return hidden // heads if family is None or family.default_head_dim is None else family.default_head_dim
-
-
-def _rope_theta(config: dict[str, Any], hybrid: bool) -> float:
-    """transformers 5 writes it inside rope_parameters, which then decide; without it hybrids have the published default
-    and every base model 10000."""
-    inside = config.get("rope_parameters") or {}
-    return float(inside.get("rope_theta") or config.get("rope_theta") or (1e6 if hybrid else 1e4))
-
-
-def _rope_scaling(config: dict[str, Any], where: str) -> dict[str, Any] | None:
-    """Llama 3's scaling; it too is inside rope_parameters where transformers 5 wrote the file."""
-    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    scaling = config.get(key) or {}
-    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-    if rope_type == "default":
-        return None
-    if rope_type != "llama3":
-        raise UserError(f"{where}: RoPE scaling '{rope_type}' is not supported; known: default, llama3")
-    names = RopeScaling.model_fields
-    return RopeScaling.parse({key: scaling[key] for key in names if key in scaling}, f"{where}: {key}").to_dict()
-
-
-def _rope_keys(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    return None if scaling is None else {"rope_type": "llama3", **scaling.to_dict()}
 
 
 def _flag(config: dict[str, Any], key: str, default: bool) -> bool:

@@ -35,7 +35,7 @@ def exclusive(path: Path, advice: str = "wait for it to end", directory: Path | 
 
     Args:
         advice: what somebody who is refused can do.
-        directory: what the lock protects; by default, the directory that it lies in.
+        directory: that is locked; None: the one that the file is in.
 
     Yields:
         The file descriptor that holds the lock. A child that inherits it holds the lock as well.

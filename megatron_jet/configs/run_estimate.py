@@ -24,6 +24,7 @@ from megatron_jet.configs.files import canonical_json
 from megatron_jet.configs.layer_plan import LayerPlan, hybrid_plan, linear_kinds, uniform_placement
 from megatron_jet.configs.mixers.base import MixerConfig
 from megatron_jet.configs.model import ModelConfig
+from megatron_jet.configs.placements import compared_placements
 from megatron_jet.configs.run import RunConfig
 from megatron_jet.configs.stages import SELECTION_STAGES, StageResources
 from megatron_jet.configs.training import TrainingConfig
@@ -87,6 +88,7 @@ def planned_student(config: RunConfig, teacher: ModelConfig, mixer: str | None =
     """
     if config.student_plan is not None and mixer is None:
         return known_student(config, config.student_plan, teacher)
+    sized = _planned_size(config) if mixer is None else config.mixers[mixer]
     mixer = mixer or _planned_mixer(config)
     budget = config.placement.budget
     full = uniform_placement(teacher.num_layers, budget, config.placement.uniform_phase)
@@ -97,7 +99,8 @@ def planned_student(config: RunConfig, teacher: ModelConfig, mixer: str | None =
             f"do not fit {teacher.num_layers} layers: at least one must stay linear"
         )
     windows = dict.fromkeys(free[: config.placement.swa_budget], config.placement.swa_window)
-    return teacher.with_plan(hybrid_plan(teacher.num_layers, mixer, full, windows), dict(config.mixers))
+    plan = hybrid_plan(teacher.num_layers, mixer, full, windows)
+    return teacher.with_plan(plan, {**config.mixers, mixer: sized})
 
 
 def _planned_mixer(config: RunConfig) -> str:
@@ -106,6 +109,14 @@ def _planned_mixer(config: RunConfig) -> str:
     if not eligible:
         raise UserError("new_block.candidates: all are ablations, which cannot win; add a mixer")
     return config.hardware_search.mixer or eligible[-1]
+
+
+def _planned_size(config: RunConfig) -> MixerConfig:
+    """The linear mixer with the sizes that the hardware search is expected to give it, where the run has one."""
+    mixer, search = config.mixers[_planned_mixer(config)], config.hardware_search
+    if search.expected is None or "hardware_search" not in config.stages:
+        return mixer
+    return resized_candidate(mixer, next(point for point in search.grid if point.name == search.expected)).mixer
 
 
 def known_student(config: RunConfig, plan: LayerPlan, teacher: ModelConfig) -> ModelConfig:
@@ -158,8 +169,8 @@ def _runs(config: RunConfig, teacher: ModelConfig, student: ModelConfig) -> dict
     placement = config.placement
     supernet = planned_student(config, teacher, placement.linear)
     found = [_Run("supernet", supernet, placement.training)]
-    if placement.compare_training:
-        found += [_Run(f"compare_{name}", supernet, placement.compare_training) for name in ("learned", "uniform")]
+    names = compared_placements(placement, teacher.num_layers)
+    found += [_Run(f"compare_{name.replace(' ', '_')}", supernet, placement.compare_training) for name in names]
     return {"placement": found, **_selection_runs(config, student), **training}
 
 

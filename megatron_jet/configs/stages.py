@@ -45,7 +45,12 @@ class StageResources(StrictModel):
 class ThroughputConfig(StrictModel):
     """How generation throughput is obtained: timed on this device with the HF model, or from the cost formulas."""
 
-    mode: Literal["measured", "analytic"] = "measured"
+    mode: Literal["measured", "analytic"] = Field(
+        default="measured", description="which one ranks; the formulas' does not depend on how busy a machine is"
+    )
+    also_timed: bool = Field(
+        default=False, description="with mode analytic: time it here as well, for the report; it decides nothing"
+    )
     contexts: tuple[int, ...] = (1024,)
     batch_size: int = Field(
         default=1, gt=0, description="sequences; on a GPU each model runs the largest batch up to this that fits"
@@ -63,6 +68,11 @@ class ThroughputConfig(StrictModel):
             raise UserError(f"throughput: dropped={self.dropped} of iterations={self.iterations} leaves none")
         return self
 
+    @property
+    def timed(self) -> bool:
+        """Whether models run on this device for it."""
+        return self.mode == "measured" or self.also_timed
+
 
 class PlacementConfig(StrictModel):
     """Once-for-all supernet, heat map, beam search for full attention, then sliding-window placement."""
@@ -79,7 +89,11 @@ class PlacementConfig(StrictModel):
     swa_objective: str = Field(default="choice", description="eval set whose loss places the sliding windows")
     uniform_phase: float = Field(default=0.5, ge=0, lt=1, description="the uniform baseline, fixed beforehand")
     compare_training: TrainingConfig | None = Field(
-        default=None, description="short stage 1 of the learned and the uniform placement; None: no comparison"
+        default=None, description="short stage 1 of the learned placement and of others; None: no comparison"
+    )
+    comparison: Literal["declared", "all"] = Field(
+        default="all",
+        description="the others: the uniform baseline alone, or every uniform placement and no full attention as well",
     )
     eval: EvalConfig = EvalConfig()
     init: Literal["teacher", "random"] = "teacher"
@@ -128,6 +142,9 @@ class HardwareSearchConfig(StrictModel):
     training: TrainingConfig
     mixer: str | None = Field(default=None, description="mixer to resize; None: the winner of new_block")
     grid: tuple[GridPoint, ...] = Field(min_length=1)
+    expected: str | None = Field(
+        default=None, description="point of the grid that forecasts count on; None: the mixer's sizes as they are"
+    )
     throughput: ThroughputConfig = ThroughputConfig()
     eval: EvalConfig = EvalConfig()
     init: Literal["teacher", "random"] = "teacher"
@@ -138,6 +155,11 @@ class HardwareSearchConfig(StrictModel):
         sizes = {point.state_size for point in self.grid}
         if len(sizes) > 1:
             raise UserError(f"hardware_search.grid: d_k*d_v*heads must be constant, got {sorted(sizes)}")
+        names = [point.name for point in self.grid]
+        if self.expected is not None and self.expected not in names:
+            raise UserError(
+                f"hardware_search.expected: '{self.expected}' is not in the grid; it has {', '.join(names)}"
+            )
         return self
 
 

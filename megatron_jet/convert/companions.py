@@ -8,6 +8,7 @@ COMPANIONS = "hf"  # folder of a checkpoint that keeps them as they were
 CARD = "README.md"
 
 # Names of the files that make a tokenizer and a config, and of the texts that must travel with a model.
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")  # one of them is always there
 STEMS = ("config", "generation_config", "tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat")
 TEXTS = (CARD, "LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 

@@ -13,7 +13,7 @@ from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import read_json, write_text
 from megatron_jet.configs.hf_format import HYBRIDS, model_from_hf, model_to_hf
 from megatron_jet.configs.model import ModelConfig
-from megatron_jet.convert.companions import CARD, COMPANIONS, copy_companions
+from megatron_jet.convert.companions import CARD, COMPANIONS, TOKENIZERS, copy_companions
 from megatron_jet.convert.global_checkpoint import GlobalCheckpoint, check_whole
 from megatron_jet.convert.hf_files import OutTensor, write_hf_tensors
 from megatron_jet.convert.hf_import import finite
@@ -63,8 +63,8 @@ def export_hf(
     """
     checkpoint, out = Path(checkpoint), Path(out)
     check_output(out, checkpoint, force, not_an_export)
-    if companions is not None and not Path(companions).is_dir():
-        raise UserError(f"{companions}: no such directory; give one with the tokenizer's files")
+    if companions is not None:
+        _check_tokenizer(Path(companions))
     if shard_bytes <= 0:
         raise UserError(f"size of a shard is {shard_bytes} bytes; give a number above 0")
     check_whole(checkpoint)
@@ -89,6 +89,13 @@ def export_hf(
         if _is_hybrid(temporary):
             write_modeling_code(temporary)
     return model
+
+
+def _check_tokenizer(directory: Path) -> None:
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory; give one with the tokenizer's files")
+    if not any((directory / name).is_file() for name in TOKENIZERS):
+        raise UserError(f"{directory}: holds no tokenizer ({', '.join(TOKENIZERS)}); give a directory with its files")
 
 
 def checkpoint_config(checkpoint: str | Path) -> ModelConfig:

@@ -46,6 +46,7 @@ class HfTensors:
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
         self._files: dict[str, Path] = {}
+        self._stored_as: dict[str, str] = {}
         self._headers: dict[str, tuple[tuple[int, ...], str]] = {}
         index = self.directory / INDEX
         places = _read_index(index) if index.is_file() else None
@@ -75,14 +76,21 @@ class HfTensors:
         stored = self._headers[name][1]
         if stored not in DTYPES:
             raise UserError(
-                f"{self._files[name]}: tensor '{name}' has type {stored}; only {', '.join(DTYPES)} are read"
+                f"{self._files[name]}: tensor '{name}' has type {stored}; only {', '.join(DTYPES)} are read. Are the "
+                "weights quantised? Dequantise them first"
             )
         return DTYPES[stored]
 
     def read(self, name: str) -> Tensor:
         """One tensor on the CPU."""
         with _opened(self._files[name]) as file:
-            return file.get_tensor(name)
+            return file.get_tensor(self._stored_as.get(name, name))
+
+    def rename(self, stored: str, name: str) -> None:
+        """Have a tensor of the files under another name from now on."""
+        for tensors in (self._files, self._headers):
+            tensors[name] = tensors.pop(stored)
+        self._stored_as[name] = stored
 
     def _shards(self, places: dict[str, str] | None) -> list[Path]:
         single = self.directory / SINGLE

@@ -18,6 +18,18 @@ from megatron_jet.mixers.layouts import join
 from megatron_jet.mixers.params import ParamRow
 from megatron_jet.model.param_table import param_table
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Parts of tensor names that tell what a file is that is no plain model's.
+UNFINISHED = {
+    (".lora_A.", ".lora_B.", ".base_layer.", ".base_model."): "an adapter is not merged; merge it into the model first",
+    (
+        (".qweight.", ".qzeros.", ".g_idx.", ".weight_scale.", ".weight_scale_inv.", ".weight_packed.", ".absmax.")
+        + (".SCB.", ".quant_map.", ".scales.", ".biases.", ".input_scale.", ".weight_zero_point.")
+    ): "the weights are quantised; dequantise them first",
+    (".module.", "._orig_mod."): "these are names of a wrapped model; save the model inside the wrapper",
+    ("^.embed_tokens.",): "this is a bare base model; save the model with its language-modelling head",
+}
+
 
 def import_hf(
     hf_dir: str | Path, out: str | Path, *, force: bool = False, progress: ConversionProgress | None = None
@@ -46,7 +58,7 @@ def import_hf(
         raise UserError(f"{hf_dir}: no such directory; give a Hugging Face model directory")
     config_path = hf_dir / "config.json"
     model = model_from_hf(read_json(config_path), str(config_path))
-    source = HfTensors(hf_dir)
+    source = weights_of(hf_dir, model)
     rows = param_table(model)
     check_tensors(model, rows, source)
     tensors = {row.key: _lazy(row, source, model) for row in rows}
@@ -56,13 +68,21 @@ def import_hf(
     return model
 
 
+def weights_of(hf_dir: Path, model: ModelConfig) -> HfTensors:
+    """The weights of a model's directory; a tied embedding that was saved as the head only goes by its own name."""
+    source = HfTensors(hf_dir)
+    if model.tie_word_embeddings and EMBEDDING not in source and HEAD in source:
+        source.rename(HEAD, EMBEDDING)
+    return source
+
+
 def check_tensors(model: ModelConfig, rows: list[ParamRow], source: HfTensors) -> None:
     """Raise UserError when names, shapes or types in the files are not those of the model."""
     expected = {name: shape for row in rows for name, shape in zip(row.hf, row.shapes, strict=True)}
     missing = [name for name in expected if name not in source]
     extra = [name for name in source if name not in expected and not _harmless(name, model, source)]
     if missing or extra:
-        parts = [_named("missing", missing), _named("not part of the model", extra)]
+        parts = [_named("missing", missing), _named("not part of the model", extra), _likely_reason(extra)]
         raise UserError(f"{source.directory}: " + "; ".join(part for part in parts if part))
     for row in rows:
         for name, shape in zip(row.hf, row.shapes, strict=True):
@@ -101,10 +121,18 @@ def _harmless(name: str, model: ModelConfig, source: HfTensors) -> bool:
         return True
     if name != "lm_head.weight" or not model.tie_word_embeddings:
         return False
-    embedding = "model.embed_tokens.weight"
+    embedding = EMBEDDING
     if embedding in source and not torch.equal(source.read(name), source.read(embedding)):
         raise UserError(f"{source.directory}: tie_word_embeddings is true but lm_head.weight differs from {embedding}")
     return True
+
+
+def _likely_reason(extra: list[str]) -> str:
+    """What tensors that no plain model has usually mean, and what to do; empty for others."""
+    for parts, what in UNFINISHED.items():
+        if any(part in f"^.{name}." for name in extra for part in parts):
+            return what
+    return ""
 
 
 def _named(what: str, names: list[str]) -> str:

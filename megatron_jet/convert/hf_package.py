@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -14,12 +12,18 @@ from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import read_json
 from megatron_jet.convert.companions import modeling_files
 from megatron_jet.convert.hf import configuration_megatron_jet, modeling_megatron_jet
-from megatron_jet.convert.hf.modeling_megatron_jet import JetNemotronForCausalLM, MegatronJetForCausalLM
+from megatron_jet.convert.hf.modeling_megatron_jet import (
+    JetNemotronForCausalLM,
+    JetNemotronModel,
+    MegatronJetForCausalLM,
+    MegatronJetModel,
+)
 
 MODELS: dict[str, type[PreTrainedModel]] = {
     "jet_nemotron": JetNemotronForCausalLM,
     "megatron_jet": MegatronJetForCausalLM,
 }
+BASE_MODELS: dict[str, type[PreTrainedModel]] = {"jet_nemotron": JetNemotronModel, "megatron_jet": MegatronJetModel}
 
 
 def write_modeling_code(out_dir: Path | str) -> list[Path]:
@@ -49,6 +53,7 @@ def auto_map(model_type: str) -> dict[str, str]:
     modeling = modeling_megatron_jet.__name__.rpartition(".")[2]
     return {
         "AutoConfig": f"{configuration}.{model_class.config_class.__name__}",
+        "AutoModel": f"{modeling}.{BASE_MODELS[model_type].__name__}",
         "AutoModelForCausalLM": f"{modeling}.{model_class.__name__}",
     }
 
@@ -92,8 +97,8 @@ def load_for_causal_lm(hf_dir: Path | str, dtype: torch.dtype | str = "auto", **
             ignore_mismatched_sizes=True,  # reported below, by name
             **options,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        raise UserError(f"{hf_dir}: {_one_line(error)}") from error
+    except Exception as error:  # transformers and its validators raise what they like about what a file holds
+        raise UserError(f"{hf_dir}: {reason(error)}") from error
     for name, in_file, expected in found["mismatched_keys"]:
         raise UserError(f"{hf_dir}: {name} has shape {list(in_file)}, the config asks for {list(expected)}")
     for problem in ("missing", "unexpected"):
@@ -103,7 +108,7 @@ def load_for_causal_lm(hf_dir: Path | str, dtype: torch.dtype | str = "auto", **
     return model.eval()
 
 
-def _one_line(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """The last line of a message: transformers puts the reason below its heading."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1].removeprefix("ValueError: ") if lines else type(error).__name__

@@ -4,6 +4,7 @@ from megatron_jet.configs.cost import model_cost
 from megatron_jet.configs.layer_plan import split_entry
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.results import PlacementResult, Scores
+from megatron_jet.convert.hf.configuration_megatron_jet import OLDEST_TORCH, OLDEST_TRANSFORMERS
 
 # Licences of known base models; the weights of a student derive from its teacher's. Source: their pages on the Hub.
 BASE_LICENCES = {
@@ -56,6 +57,7 @@ def model_card(
         lines.append("- placement: given by the recipe (`student_plan`), not searched for")
     elif hybrid:
         lines.append("- placement: as in the checkpoint, which does not say how it was found")
+    lines.append(f"- needs: {_needs(hybrid)}")
     lines.append(f"- licence of the base model: {_licence(name)}")
     if command is not None:
         lines.append(f"- command: `{command}`")
@@ -90,6 +92,12 @@ def _architecture(model: ModelConfig) -> list[str]:
         f"- parameters: {cost.total_params:,}",
         f"- cache at {CONTEXT:,} tokens: {cost.cache_bytes / 2**20:.2f} MiB per sequence (16-bit K/V, fp32 states)",
     ]
+
+
+def _needs(hybrid: bool) -> str:
+    if not hybrid:
+        return "torch, and a transformers that knows the `model_type` of config.json"
+    return f"torch >= {OLDEST_TORCH} and transformers >= {OLDEST_TRANSFORMERS}; the model's code is in this directory"
 
 
 def _how_found(placement: PlacementResult) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.files import hash_file
+from megatron_jet.configs.files import hash_file, read_json_object
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.run import RunConfig
 from megatron_jet.configs.stages import SEARCH_STAGES, SELECTION_STAGES, PlacementConfig
@@ -145,6 +145,32 @@ def _check_tokenizer(index: DataIndex, teacher: ModelConfig, tokenizer: Path) ->
         raise UserError(
             f"the data were prepared with another tokenizer than {path}; prepare them again with --tokenizer "
             f"{tokenizer}, or set teacher.tokenizer to the directory of theirs"
+        )
+    if path.is_file():
+        _check_ids(path, teacher.vocab_size)
+
+
+def _check_ids(path: Path, vocab_size: int) -> None:
+    """Raise UserError when a tokenizer makes ids that the teacher has no embedding for, as preparing does. Data of
+    earlier versions were not looked at, and the first such id would end a stage, or be masked out without a word."""
+    found = read_json_object(path)
+    model = found.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    ids = {}
+    if isinstance(vocabulary, dict):
+        ids = dict(vocabulary)
+    elif isinstance(vocabulary, list):  # Unigram: pairs of token and score
+        ids = {str(number): number for number in range(len(vocabulary))}
+    added = found.get("added_tokens")
+    for token in added if isinstance(added, list) else []:
+        if isinstance(token, dict):
+            ids[str(token.get("content"))] = token.get("id")
+    numbers = {token: number for token, number in ids.items() if isinstance(number, int)}
+    largest = max(numbers, key=numbers.__getitem__, default=None)
+    if largest is not None and numbers[largest] >= vocab_size:
+        raise UserError(
+            f"{path}: token {largest!r} has id {numbers[largest]}, the teacher's vocabulary ends at {vocab_size - 1}; "
+            "set teacher.tokenizer to the teacher's own and prepare the data with it"
         )
 
 

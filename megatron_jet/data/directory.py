@@ -1,13 +1,14 @@
-"""The output directory: made as a whole or not at all, and `--force` replaces earlier outputs only."""
+"""The output directory: one writer, made as a whole or not at all, and `--force` replaces earlier outputs only."""
 
-import shutil
+import contextlib
+import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_jet.configs.directories import replaced_directory
 from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.files import temporary_beside
-from megatron_jet.data.index import SPLITS
+from megatron_jet.configs.lock import exclusive
+from megatron_jet.data.index import read_index
 
 INDEX = "index.json"
 
@@ -19,59 +20,95 @@ def check_output(out: Path, inputs: Iterable[Path], force: bool) -> None:
         inputs: files and folders that are read.
         force: the user wants an earlier output replaced.
     """
+    target = out.resolve()
+    if out.exists():
+        for path in inputs if force else ():
+            if path.resolve().is_relative_to(target):
+                raise UserError(f"{out}: the output would replace the input {path}; choose another output")
+    check_kind(out, force)
+    strangers = sorted(_files_of(target) - _own(target)) if out.exists() else []
+    if strangers:
+        raise UserError(_refusal(out, f"{strangers[0]} is in it"))
+
+
+def check_kind(out: Path, force: bool) -> None:
+    """The part of `check_output` that takes no time and needs no input: what `out` is, if it is there."""
+    target = out.resolve()
+    if not target.name:
+        raise UserError(f"{out}: give a directory that can be made")
     if not out.exists():
         return
     if not force:
         raise UserError(f"{out} exists; remove it or give --force")
-    target = out.resolve()
-    for path in inputs:
-        if path.resolve().is_relative_to(target):
-            raise UserError(f"{out}: the output would replace the input {path}; choose another output")
-    why = _foreign(out)
-    if why:
-        raise UserError(f"{out} is not a prepared directory ({why}); --force replaces nothing else")
-
-
-def _foreign(out: Path) -> str | None:
-    """Why a path is nothing that was prepared here; None if it may be, or is an empty folder."""
     if not out.is_dir():
-        return "it is a file"
-    names = sorted(path.name for path in out.iterdir())
-    if names and INDEX not in names:
-        return f"it has no {INDEX}"
-    strangers = [name for name in names if name not in (INDEX, *SPLITS)]
-    return f"{strangers[0]} is in it" if strangers else None
+        raise UserError(_refusal(out, "it is a file"))
+    if any(target.iterdir()) and not (target / INDEX).is_file():
+        raise UserError(_refusal(out, f"it has no {INDEX}"))
 
 
-@contextmanager
+def _refusal(out: Path, why: str) -> str:
+    return f"{out} is not a prepared directory ({why}); --force replaces nothing else"
+
+
+def _files_of(out: Path) -> set[str]:
+    """All files and links in a folder, relative to it."""
+    found = set()
+    for folder, folders, names in os.walk(out):
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        found.update(os.path.relpath(os.path.join(folder, name), out) for name in (*names, *links))
+    return found
+
+
+def _own(out: Path) -> set[str]:
+    """Files that preparing wrote, by the index. Raises UserError when that is no index of prepared data."""
+    if not any(out.iterdir()):
+        return set()
+    try:
+        index = read_index(out)
+    except UserError as error:
+        raise UserError(_refusal(out, f"its {INDEX} is not one: {error}")) from None
+    return {INDEX, *(shard.path for split in index.splits.values() for shard in split.shards)}
+
+
+@contextlib.contextmanager
 def directory_for(out: Path) -> Iterator[Path]:
     """A folder to fill, which takes the place of `out` when the block ends well and is gone when it does not.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written, or another process writes it.
     """
-    target = out.resolve()  # of a link the folder it names is replaced
-    temporary = target.with_name(f".{target.name}.part")
+    target = Path(os.path.realpath(out))  # of a link the folder it names is replaced
+    missing = [folder for folder in target.parents if not folder.exists()]
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        _replace(target, temporary)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _one_writer(target), replaced_directory(target) as temporary:
+            yield temporary
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # only where nothing came of it
 
 
-def _replace(out: Path, new: Path) -> None:
-    if not out.exists():
-        new.rename(out)
-        return
-    old = temporary_beside(out)
-    out.rename(old)
+@contextlib.contextmanager
+def _one_writer(target: Path) -> Iterator[None]:
+    """Hold the lock file beside `target`, hidden, and take it away again."""
+    lock = target.with_name(f".{target.name}.lock")
+    while True:
+        with exclusive(lock, "wait for it to end, or choose another output", target) as handle:
+            # The one before may have removed the file after this process opened it: what is locked has no name then.
+            if not _is_named(handle, lock):
+                continue
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+            return
+
+
+def _is_named(handle: int, path: Path) -> bool:
     try:
-        new.rename(out)
-    except BaseException:
-        old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Encoding
 
-from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.files import hash_file, read_json
 from megatron_jet.data.documents import Document
-from megatron_jet.data.shards import Sample
+from megatron_jet.data.shard_format import Sample
+from megatron_jet.data.tokenizer import begin, read_tokenizer
 
 # Encoded together: enough to occupy many cores, while the tokenizer's 100 bytes per byte stay below half a GiB.
 BATCH_DOCUMENTS = 1024
@@ -25,32 +24,18 @@ class HasDocument(Protocol):
 
 
 class Encoder:
-    """An HF tokenizer without transformers: text to token ids.
+    """Documents to samples.
 
     The tokenizers library takes all cores; RAYON_NUM_THREADS bounds them and TOKENIZERS_PARALLELISM=false takes one.
 
     Raises:
-        UserError: no tokenizer.json or config.json, or a tokenizer without an end-of-text token.
+        UserError: as `read_tokenizer`.
     """
 
     def __init__(self, directory: Path):
-        path = directory / "tokenizer.json"
-        if not path.is_file():
-            raise UserError(f"{directory}: no tokenizer.json; --tokenizer takes a Hugging Face directory")
-        try:
-            self.tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the tokenizers library raises bare Exception
-            raise UserError(f"{path}: not a readable tokenizer ({error})") from None
-        # A tokenizer.json can ask for either. Documents are neither cut, nor padded to the longest of their batch.
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        config = read_json(directory / "config.json")
-        end = config.get("eos_token_id")
-        self.end_of_text = end[0] if isinstance(end, list) else end
-        if self.end_of_text is None:
-            raise UserError(f"{directory / 'config.json'}: no eos_token_id, which ends documents")
-        self.vocab_size = int(config.get("vocab_size") or self.tokenizer.get_vocab_size())
-        self.hash = hash_file(path)
+        found = read_tokenizer(directory)
+        self.tokenizer, self.vocab_size, self.hash = found.tokenizer, found.vocab_size, found.hash
+        self.begin_of_text, self.end_of_text = found.begin_of_text, found.end_of_text
 
     def encode[Item: HasDocument](self, items: Iterable[Item]) -> Iterator[tuple[Item, Sample]]:
         """Every item with the tokens of its document, in order.
@@ -73,8 +58,8 @@ class Encoder:
         return [self._sample(document, encodings) for document in documents]
 
     def _sample(self, document: Document, encodings: Iterator[Encoding]) -> Sample:
-        """Tokens with the end-of-text token after them; of a prompt with an answer, only the answer counts."""
-        prompt = next(encodings).ids
+        """Tokens between those that begin and end a text; of a prompt with an answer, only the answer counts."""
+        prompt = begin(next(encodings).ids, self.begin_of_text)
         if document.answer is None:
             return Sample(np.array([*prompt, self.end_of_text], np.uint32))
         answer = [*next(encodings).ids, self.end_of_text]

@@ -17,6 +17,7 @@ TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".html")
 LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
 SUFFIXES = (*TEXT_SUFFIXES, *LINE_SUFFIXES, ".parquet")
 KINDS_NAMED = 3  # of files that are not read
+MAC_FOLDER = "__MACOSX"  # in archives made on a Mac, with a file of attributes for every file
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 
 
@@ -37,11 +38,15 @@ class InputFile:
 def find_inputs(given: list[str], say: Callable[[str], None] = lambda line: None) -> list[InputFile]:
     """Files among PATH and NAME=PATH arguments, folders searched through, sorted.
 
+    Hidden files of a folder are what editors, notebooks, git and downloads leave there, mostly copies: they are read
+    when they are given by name only.
+
     Args:
-        say: gets a line for each folder with files of kinds that are not read.
+        say: gets a line for each folder with files that are not read.
 
     Raises:
-        UserError: a missing path, an unknown kind of file, a file given twice for one source.
+        UserError: a missing path, a folder that cannot be read, an unknown kind of file, a file given twice for one
+            source.
     """
     found = []
     for text in given:
@@ -89,17 +94,55 @@ def open_lines(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
 
 def _files(given: Path, say: Callable[[str], None]) -> list[Path]:
     if given.is_dir():
-        every = [path for path in given.rglob("*") if path.is_file()]
-        inside = sorted(path for path in every if path.name.endswith(SUFFIXES))
-        if not inside:
-            raise UserError(f"{given}: no {', '.join(SUFFIXES)} file in this folder")
-        others = Counter(path.suffix or "none" for path in every if not path.name.endswith(SUFFIXES))
-        if others:
-            kinds = ", ".join(f"{suffix} {count:,}" for suffix, count in others.most_common(KINDS_NAMED))
-            say(f"{given}: {others.total():,} files of other kinds are not read ({kinds})")
-        return inside
+        return _files_in(given, say)
     if not given.is_file():
         raise UserError(f"{given}: no such file or folder")
     if not given.name.endswith(SUFFIXES):
         raise UserError(f"{given}: unknown kind of file; known: {', '.join(SUFFIXES)}")
-    return [given]
+    return [_named_in_utf8(given)]
+
+
+def _files_in(given: Path, say: Callable[[str], None]) -> list[Path]:
+    """Files of a folder, with a line about those that are left out."""
+    inside, others, hidden, links = [], Counter(), 0, 0
+    for folder, folders, names in os.walk(given, onerror=_unreadable):
+        inner = Path(folder).relative_to(given).parts
+        links += sum(os.path.islink(os.path.join(folder, name)) for name in folders)
+        for name in names:
+            path = Path(folder, name)
+            if any(part.startswith(".") or part == MAC_FOLDER for part in (*inner, name)):
+                hidden += 1
+            elif not path.is_file():  # pipes, sockets, links that lead nowhere
+                others["none"] += 1
+            elif name.endswith(SUFFIXES):
+                inside.append(_named_in_utf8(path))
+            else:
+                others[path.suffix or "none"] += 1
+    left_out = []
+    if others:
+        kinds = ", ".join(f"{suffix} {count:,}" for suffix, count in others.most_common(KINDS_NAMED))
+        left_out.append(f"{others.total():,} files of other kinds are not read ({kinds})")
+    if hidden:
+        left_out.append(f"{hidden:,} hidden files are not read (names with a dot first, {MAC_FOLDER})")
+    if links:
+        left_out.append(f"{links:,} links to folders are not followed")
+    if not inside:
+        why = f" ({'; '.join(left_out)}); give them by name" if hidden or links else ""
+        raise UserError(f"{given}: no {', '.join(SUFFIXES)} file in this folder{why}")
+    if left_out:
+        say(f"{given}: {'; '.join(left_out)}")
+    return sorted(inside)
+
+
+def _unreadable(error: OSError) -> None:
+    """A folder that cannot be searched through is no empty one."""
+    raise UserError(f"{error.filename}: this folder cannot be read ({error.strerror or error})") from None
+
+
+def _named_in_utf8(path: Path) -> Path:
+    """Names are kept in index.json, as text."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{os.fsencode(path)!r}: this file's name is not UTF-8; rename it") from None
+    return path

@@ -22,7 +22,9 @@ AGREED = {
     "tokenizer_hash": "prepared with another tokenizer",
     "vocab_size": "prepared for another vocabulary size",
     "end_of_text": "prepared with another end-of-text token",
+    "begin_of_text": "prepared with another beginning of texts",
     "seq_length": "prepared with another --seq-length",
+    "split_by": "prepared with another rule for splits (earlier versions went by path)",
 }
 
 
@@ -66,6 +68,7 @@ def merge(
     inputs = _inputs(parts)
     _check_shards(parts)
     with directory_for(out) as folder:
+        check_output(out, directories, force)  # again: another process may have made it until now
         shards, copied = _take_shards(parts, folder, watch)
         index = parts[0].index.model_copy(
             update={"inputs": inputs, "sources": sources, "splits": split_infos(shards, _longest(parts))}
@@ -109,8 +112,8 @@ def _inputs(parts: list[Part]) -> dict[str, str]:
     """Checksums by input file.
 
     Raises:
-        UserError: a file that two parts have, by its path or, of files with many documents, by its content. Under
-            another path its documents may be in another split. Files of code and text may well be alike.
+        UserError: a file that two parts have, by its path or, of files with many documents, by its content. Files of
+            code and text may well be alike.
     """
     inputs: dict[str, str] = {}
     by_path: dict[str, Part] = {}

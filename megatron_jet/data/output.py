@@ -5,7 +5,8 @@ from pathlib import Path
 
 from megatron_jet.configs.errors import UserError
 from megatron_jet.data.index import SPLITS, ShardInfo, SourceInfo, SplitInfo
-from megatron_jet.data.shards import Sample, ShardWriter
+from megatron_jet.data.shard_format import Sample
+from megatron_jet.data.shards import ShardWriter
 
 
 @dataclass

@@ -9,7 +9,7 @@ import numpy as np
 from megatron_jet.configs.errors import UserError
 from megatron_jet.data.index import DataIndex, split_info
 from megatron_jet.data.reader import ShardReader
-from megatron_jet.data.shards import Sample
+from megatron_jet.data.shard_format import Sample
 
 
 @dataclass
@@ -62,7 +62,7 @@ class WindowStream:
         if not self.shards:
             raise UserError(f"{directory}: source '{source}' has no shard in split '{split}'")
         self.position = Position()
-        self._reader = ShardReader(directory, self.shards, seed)
+        self._reader = ShardReader(directory, self.shards, seed, index.vocab_size)
         self._loaded: tuple[tuple[int, int], list[Sample]] | None = None
 
     def next(self, wanted: bool = True) -> tuple[np.ndarray, np.ndarray] | None:

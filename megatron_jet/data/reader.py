@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_jet.data.index import ShardInfo
-from megatron_jet.data.shards import Sample, check_shard, read_shard
+from megatron_jet.data.shard_format import Sample
+from megatron_jet.data.shards import check_shard, check_tokens, read_shard
 
 
 class ShardReader:
@@ -18,10 +19,11 @@ class ShardReader:
         directory: prepared data directory.
         shards: of the source.
         seed: of the order; None keeps that of the files.
+        vocab_size: no token id may reach it; None does not look.
     """
 
-    def __init__(self, directory: Path, shards: list[ShardInfo], seed: int | None):
-        self.directory, self.shards, self.seed = directory, shards, seed
+    def __init__(self, directory: Path, shards: list[ShardInfo], seed: int | None, vocab_size: int | None = None):
+        self.directory, self.shards, self.seed, self.vocab_size = directory, shards, seed, vocab_size
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="shards")  # started by the first thing to do
         self._ahead: tuple[int, Future] | None = None  # number of a shard that is being read
         self._here: tuple[int, list[Sample]] | None = None  # the last one
@@ -62,7 +64,11 @@ class ShardReader:
         if shard.path not in self._checked:
             check_shard(self.directory, shard)
             self._checked.add(shard.path)
-        return read_shard(self.directory, shard)
+        samples = read_shard(self.directory, shard)
+        if self.vocab_size is not None:
+            for sample in samples:
+                check_tokens(sample.tokens, self.vocab_size, f"shard {self.directory / shard.path}")
+        return samples
 
     def _order(self, epoch: int, shard: int, count: int) -> np.ndarray:
         if self.seed is None:

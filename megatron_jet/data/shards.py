@@ -1,8 +1,8 @@
-"""webdataset shards: tar files of tokenised samples, written reproducibly and checked before they are read."""
+"""webdataset shards: tar files of tokenised samples, written reproducibly and checked when they are read."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import os
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import webdataset as wds
@@ -10,22 +10,11 @@ import webdataset as wds
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import hash_file
 from megatron_jet.data.index import ShardInfo
+from megatron_jet.data.shard_format import FormatError, Sample, read_samples
 
 SHARD_TOKENS = 1 << 24  # 32 or 64 MiB of tokens per shard
+READ_BYTES = 1 << 20  # at a time
 TAR_RECORD, TAR_END = 10240, 1024  # a tar file is a multiple of the one long and ends with as many zeros as the other
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One document or task sample.
-
-    Attributes:
-        tokens: [t] uint16 or uint32.
-        mask: [t] uint8, one where the token counts as a target; None: everywhere.
-    """
-
-    tokens: np.ndarray
-    mask: np.ndarray | None = None
 
 
 def shard_path(split: str, source: str, number: int) -> str:
@@ -40,22 +29,24 @@ class ShardWriter:
         directory: the data directory.
         split: name of the split, also the sub-directory.
         source: name of the source, also the start of the file names.
-        vocab_size: decides between 16 and 32 bits per token.
+        vocab_size: decides between 16 and 32 bits per token; no token id reaches it.
     """
 
     def __init__(self, directory: Path, split: str, source: str, vocab_size: int):
-        self.directory, self.split, self.source = directory, split, source
+        self.directory, self.split, self.source, self.vocab_size = directory, split, source, vocab_size
         self.dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
         self.shards: list[ShardInfo] = []
-        self._writer: wds.TarWriter | None = None
+        self._file: BinaryIO | None = None
         (directory / split).mkdir(parents=True, exist_ok=True)
 
     def add(self, sample: Sample, name: str) -> None:
-        """Append a sample; `name` says where it came from."""
-        if self._writer is None:
+        """Append a sample; `name` says where it came from. Raises UserError for a token id beyond the vocabulary."""
+        check_tokens(sample.tokens, self.vocab_size, name)
+        if self._file is None:
             self._path = shard_path(self.split, self.source, len(self.shards))
+            self._file = open(self.directory / self._path, "wb")  # noqa: SIM115  `close` closes it
             # Fixed times and owners keep the file reproducible.
-            self._writer = wds.TarWriter(str(self.directory / self._path), mtime=0, user="root", group="root")
+            self._writer = wds.TarWriter(self._file, mtime=0, user="root", group="root")
             self._samples = self._tokens = 0
         row = {
             "__key__": f"{self._samples:09d}",
@@ -72,10 +63,11 @@ class ShardWriter:
 
     def close(self) -> None:
         """Finish the open shard and note its checksum."""
-        if self._writer is None:
+        if self._file is None:
             return
         self._writer.close()
-        self._writer = None
+        self._file.close()
+        self._file = None
         self.shards.append(
             ShardInfo(
                 path=self._path,
@@ -87,44 +79,67 @@ class ShardWriter:
         )
 
 
+def check_tokens(tokens: np.ndarray, vocab_size: int, where: str) -> None:
+    """Raise UserError for a token id that a vocabulary does not have. It would be another token, or none, later on."""
+    if len(tokens) and (tokens.max() >= vocab_size or tokens.min() < 0):
+        wrong = int(tokens.max()) if tokens.max() >= vocab_size else int(tokens.min())
+        raise UserError(
+            f"{where}: token {wrong} is not in a vocabulary of {vocab_size}; prepare the data with the tokenizer and "
+            "the config.json of one model"
+        )
+
+
+def shard_file(directory: Path, shard: ShardInfo) -> Path:
+    """Where a shard is. Raises UserError that names it when it is missing, or a link that leads elsewhere."""
+    path = directory / shard.path
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory)):
+        raise UserError(f"shard {path} is a link that leads out of {directory}; put the file itself there")
+    if not os.path.isfile(path):
+        raise UserError(f"shard {path} is missing; prepare {directory} again")
+    return path
+
+
 def check_shard(directory: Path, shard: ShardInfo) -> None:
     """Raise UserError that names the shard when it is missing or its bytes are not those in the index."""
-    path = directory / shard.path
-    if not path.is_file():
-        raise UserError(f"shard {path} is missing; prepare the data again")
-    if hash_file(path) != shard.sha256:
+    path = shard_file(directory, shard)
+    try:
+        same = hash_file(path) == shard.sha256
+    except OSError as error:
+        raise UserError(f"shard {path} cannot be read ({error.strerror or error})") from None
+    if not same:
         raise UserError(f"shard {path} is damaged: its checksum is not the one in index.json; prepare the data again")
 
 
 def check_shard_ends(directory: Path, shard: ShardInfo) -> None:
     """Raise UserError that names the shard when it is missing or was cut short. Reads its last bytes only."""
-    path = directory / shard.path
-    if not path.is_file():
-        raise UserError(f"shard {path} is missing; prepare {directory} again")
-    size = path.stat().st_size
-    with open(path, "rb") as f:
-        f.seek(max(0, size - TAR_END))
-        ends = f.read() == bytes(TAR_END)
+    path = shard_file(directory, shard)
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as f:
+            f.seek(max(0, size - TAR_END))
+            ends = f.read() == bytes(TAR_END)
+    except OSError as error:
+        raise UserError(f"shard {path} cannot be read ({error.strerror or error})") from None
     if not ends or size % TAR_RECORD:
         raise UserError(f"shard {path} is cut short; prepare {directory} again")
 
 
 def read_shard(directory: Path, shard: ShardInfo) -> list[Sample]:
-    """All samples of a shard, in order. Raises UserError that names the shard when it cannot be read."""
+    """All samples of a shard, in order.
+
+    Raises:
+        UserError: names a shard that cannot be read, or holds something else than what the index says.
+    """
+    path = shard_file(directory, shard)
     try:
-        samples = list(_samples(directory / shard.path))
-    except (ValueError, OSError, EOFError, KeyError) as error:
-        raise UserError(f"shard {directory / shard.path} cannot be read ({error}); prepare the data again") from None
-    if len(samples) != shard.samples:
+        with open(path, "rb", buffering=READ_BYTES) as file:
+            samples = list(read_samples(file))
+    except (FormatError, OSError) as error:
+        raise UserError(f"shard {path} cannot be read ({error}); prepare the data again") from None
+    tokens = sum(len(sample.tokens) for sample in samples)
+    if (len(samples), tokens) != (shard.samples, shard.tokens):
         raise UserError(
-            f"shard {directory / shard.path} has {len(samples)} samples, index.json says {shard.samples}; "
-            "prepare the data again"
+            f"shard {path} has {len(samples)} samples of {tokens} tokens, index.json says {shard.samples} of "
+            f"{shard.tokens}; prepare the data again"
         )
     return samples
-
-
-def _samples(path: Path) -> Iterator[Sample]:
-    # Every rank reads the whole shard, since the loader itself deals sequences out to ranks.
-    dataset = wds.WebDataset([str(path)], shardshuffle=False, empty_check=False, nodesplitter=None).decode()
-    for row in dataset:
-        yield Sample(row["tokens.npy"], row.get("mask.npy"))

@@ -28,8 +28,13 @@ class SourceFile:
 
 
 def split_of(name: str) -> str:
-    """Returns the split of a document from the MD5 of its name: 5% search, 5% heldout, the rest train."""
-    bucket = int(hashlib.md5(name.encode(), usedforsecurity=False).hexdigest(), 16) % 100
+    """Returns the split of a file of the standard library, which goes by its path."""
+    return split_of_digest(hashlib.md5(name.encode(), usedforsecurity=False).hexdigest())
+
+
+def split_of_digest(digest: str) -> str:
+    """Returns the split from an MD5 (hex): 5% search, 5% heldout, the rest train."""
+    bucket = int(digest, 16) % 100
     if bucket < EVALUATION_SHARE:
         return "heldout"
     return "search" if bucket < 2 * EVALUATION_SHARE else "train"

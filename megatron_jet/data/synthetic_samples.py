@@ -7,7 +7,7 @@ import numpy as np
 
 from megatron_jet.configs.errors import UserError
 from megatron_jet.data.index import SPLITS, SourceInfo
-from megatron_jet.data.shards import Sample
+from megatron_jet.data.shard_format import Sample
 from megatron_jet.tasks import synthetic
 from megatron_jet.tasks import vocabulary as vocab
 

@@ -85,7 +85,7 @@ def evaluate(
         check_names(manager, tasks)
         say(f"loading {hf_dir}")
         tokenizer = load_tokenizer(hf_dir, options.trust_remote_code)
-        tasks = expand_tiny(tasks, options, tokenizer, Path(documents))
+        tasks = expand_tiny(tasks, options, tokenizer, Path(documents), hf_config(Path(hf_dir)).get("vocab_size"))
         jobs = [(preset.name, preset.tasks, preset) for preset in presets]
         if tasks:
             jobs.insert(0, (", ".join(tasks), tuple(tasks), None))
@@ -147,18 +147,23 @@ def check_names(manager, names: Sequence[str]) -> None:
 
 
 def expand_tiny(
-    tasks: Sequence[str], options: EvaluationOptions, tokenizer: PreTrainedTokenizerBase, documents: Path
+    tasks: Sequence[str],
+    options: EvaluationOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Path,
+    vocab_size: int | None = None,
 ) -> list[str]:
     """Write the documents of the tiny tasks asked for, and put their names in the place of "tiny".
 
     Raises:
-        UserError: they are asked for without data, or with data that lacks one.
+        UserError: they are asked for without data, with data that lacks one, or of a larger vocabulary than the
+            model's (`vocab_size`).
     """
     if not any(task == "tiny" or task in TINY_TASKS for task in tasks):
         return list(tasks)
     if options.data_dir is None:
         raise UserError(f"the tasks {', '.join(TINY_TASKS)} need --data DIR, a directory made by tools/prepare_data.py")
-    sets = load_eval_sets(options.data_dir, options.split)
+    sets = load_eval_sets(options.data_dir, options.split, vocab_size=vocab_size)
     wanted = {task.removeprefix(PREFIX) for task in tasks}
     sets = [evalset for evalset in sets if "tiny" in tasks or evalset.name in wanted]
     if options.sequences is not None:

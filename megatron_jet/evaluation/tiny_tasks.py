@@ -44,7 +44,11 @@ def write_documents(eval_sets: Sequence[EvalSet], tokenizer: PreTrainedTokenizer
 
 
 def documents(evalset: EvalSet, tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Any]]:
-    """The questions of an evaluation set, in the order of its sequences and positions."""
+    """The questions of an evaluation set, in the order of its sequences and positions.
+
+    Raises:
+        UserError: an answer that is none of the choices.
+    """
     for row in range(len(evalset.tokens)):
         tokens, labels = evalset.tokens[row].tolist(), evalset.labels[row].tolist()
         where = {"sequence": row}
@@ -56,6 +60,9 @@ def documents(evalset: EvalSet, tokenizer: PreTrainedTokenizerBase) -> Iterator[
         for position in torch.tensor(labels).ne(IGNORED).nonzero().flatten().tolist():
             where["position"] = position + 1
             if evalset.metric == "choice":
+                if labels[position] not in evalset.choices:
+                    problem = f"answer {labels[position]} is none of its choices"
+                    raise UserError(f"source '{evalset.name}': {problem}; prepare the data again")
                 context, choices = spell(tokenizer, tokens[: position + 1], [[token] for token in evalset.choices])
                 answer = evalset.choices.index(labels[position])
                 yield {**where, "context": context, "choices": choices, "answer": answer}

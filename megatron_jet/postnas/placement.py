@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from megatron_jet.configs.layer_plan import LayerPlan, hybrid_plan, uniform_phases, uniform_placement
+from megatron_jet.configs.layer_plan import LayerPlan, hybrid_plan
 from megatron_jet.configs.model import ModelConfig
+from megatron_jet.configs.placements import baselines, compared_placements
 from megatron_jet.configs.results import ComparisonRow, Measured, PlacementResult, Scores
 from megatron_jet.data.checks import check_objectives, sources_of
 from megatron_jet.data.index import read_index
@@ -56,7 +57,7 @@ class PlacementStage:
             all_full=scores.all_full,
             beam=found.beam,
             swa_beam=found.swa_beam,
-            uniform=self._uniform(ctx),
+            uniform=baselines(settings, ctx.teacher.num_layers)["uniform"],
             comparison=rows,
             layer_forwards=found.layer_forwards,
             layer_forwards_naive=found.layer_forwards_naive,
@@ -100,12 +101,9 @@ class PlacementStage:
 
     def _held_out(self, ctx: StageContext, supernet: TrainResult, learned: Placement) -> dict[str, ComparisonRow]:
         """Held-out scores straight from the supernet: the placement found, every even spacing, the two extremes."""
-        layers, budget = ctx.teacher.num_layers, ctx.config.placement.budget
-        placements: dict[str, Placement] = {"learned": learned, "uniform": self._uniform(ctx)}
-        for phase, placement in enumerate(uniform_phases(layers, budget)):
-            if placement != placements["uniform"]:
-                placements[f"uniform phase {phase}"] = placement
-        placements |= {"all_linear": (), "all_full": tuple(range(layers))}
+        layers = ctx.teacher.num_layers
+        placements: dict[str, Placement] = {"learned": learned, **baselines(ctx.config.placement, layers)}
+        placements["all_full"] = tuple(range(layers))
         ctx.status.phase("comparing placements on held-out data")
         plans = [self._plan(ctx, placement) for placement in placements.values()]
         with self._scorer(ctx, supernet, ctx.data.heldout_split) as score:
@@ -119,12 +117,13 @@ class PlacementStage:
     def _comparison(
         self, ctx: StageContext, supernet: TrainResult, rows: dict[str, ComparisonRow]
     ) -> tuple[list[ComparisonRow], int]:
-        """Train learned and uniform a little, with the same tokens in the same order, and score them again."""
-        training, tokens = ctx.config.placement.compare_training, 0
-        if training is None:
-            return list(rows.values()), 0
+        """Train placements a little, with the same tokens in the same order, and score them again.
+
+        Every uniform one by default: which of them the declared baseline is says much about how far it is behind.
+        """
+        tokens = 0
         after: dict[Placement, Scores] = {}
-        for name in ("learned", "uniform"):
+        for name in compared_placements(ctx.config.placement, ctx.teacher.num_layers):
             row = rows[name]
             if row.full not in after:
                 after[row.full], spent = self._trained_scores(ctx, supernet, name, row.full)
@@ -136,6 +135,7 @@ class PlacementStage:
         self, ctx: StageContext, supernet: TrainResult, name: str, full: Placement
     ) -> tuple[Scores, int]:
         training = ctx.config.placement.compare_training
+        name = name.replace(" ", "_")
         model = self._model(ctx, self._plan(ctx, full))
         start = Start(checkpoint=supernet.checkpoint, inside_supernet=True)
         trained = train_student(ctx, self.name, f"compare_{name}", model, training, start=start)
@@ -172,11 +172,6 @@ class PlacementStage:
     def _plan(self, ctx: StageContext, full: Placement, swa: Placement = ()) -> LayerPlan:
         settings = ctx.config.placement
         return hybrid_plan(ctx.teacher.num_layers, settings.linear, full, dict.fromkeys(swa, settings.swa_window))
-
-    def _uniform(self, ctx: StageContext) -> Placement:
-        """The baseline, declared in the config before anything is seen."""
-        settings = ctx.config.placement
-        return uniform_placement(ctx.teacher.num_layers, settings.budget, settings.uniform_phase)
 
 
 PLACEMENT = PlacementStage()

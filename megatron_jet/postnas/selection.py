@@ -93,7 +93,7 @@ class SelectionStage:
         scores = score_checkpoint(ctx, model, trained.checkpoint, ctx.data.search_split, settings.eval)
         contexts = settings.throughput.contexts
         speed = None
-        if settings.throughput.mode == "measured":
+        if settings.throughput.timed:
             ctx.status.phase(f"timing {candidate.name}")
             speed = on_main(lambda: measure_generation(model, settings.throughput, ctx.config.dtype))
         return CandidateResult(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.training import LOGIT_CHUNK_TOKENS
 from megatron_jet.data.index import read_index, split_info
 from megatron_jet.data.packing import WindowStream
@@ -42,19 +43,28 @@ class EvalSet:
         return replace(self, tokens=self.tokens[:count], labels=self.labels[:count])
 
 
-def load_eval_sets(data_dir: str | Path, split: str, samples: int = 512) -> list[EvalSet]:
+def load_eval_sets(
+    data_dir: str | Path, split: str, samples: int = 512, vocab_size: int | None = None
+) -> list[EvalSet]:
     """One eval set per source of a split, in file order, sorted by name.
 
     Args:
         data_dir: prepared directory.
         split: name of the split.
         samples: most sequences of one source; the split may have fewer.
+        vocab_size: of the model that is to read them, where nobody has compared it yet.
 
     Raises:
-        UserError: no index, no such split, a damaged shard, or a sample longer than an evaluation sequence.
+        UserError: no index, no such split, a damaged shard, a vocabulary that the model does not have, or a sample
+            longer than an evaluation sequence.
     """
     directory = Path(data_dir)
     index = read_index(directory)
+    if vocab_size is not None and index.vocab_size > vocab_size:
+        raise UserError(
+            f"{directory}: prepared for a vocabulary of {index.vocab_size}, the model's has {vocab_size}; prepare the "
+            "data with the model's tokenizer"
+        )
     sets = []
     for source in sorted(split_info(index, split, directory).sources):
         stream = WindowStream(directory, index, split, source, index.seq_length + 1, seed=None, advice=TOO_LONG)

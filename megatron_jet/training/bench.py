@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 from megatron_jet.configs.model import ModelConfig
+from megatron_jet.configs.signals import StopRequest
 from megatron_jet.configs.training import DataConfig, ParallelConfig, TrainingConfig
 from megatron_jet.model.builder import build_model
 from megatron_jet.training.distill import share_frozen_tensors
 from megatron_jet.training.freezing import freeze
 from megatron_jet.training.job import TrainJob
 from megatron_jet.training.metrics import memory_mib
-from megatron_jet.configs.signals import StopRequest
 from megatron_jet.training.train_state import Progress
 from megatron_jet.training.trainer import Trainer
 

@@ -14,6 +14,7 @@ from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.estimate import is_trainable, trainable_params, training_flops_per_token, training_memory
 from megatron_jet.configs.estimate_text import format_bytes, format_count, format_seconds, table
 from megatron_jet.configs.hf_format import model_to_hf
+from megatron_jet.configs.layer_plan import linear_kinds
 from megatron_jet.configs.mixers.gated_delta_net import GatedDeltaNetConfig
 from megatron_jet.configs.recipes.jet_nemotron import jet_nemotron_2b, jet_nemotron_4b
 from megatron_jet.configs.recipes.known_models import (
@@ -99,6 +100,46 @@ def test_planned_student_of_the_paper_recipes_has_the_published_size():
         assert model_cost(student, 65536).cache_bytes == model_cost(published, 65536).cache_bytes
 
 
+def test_the_planned_student_has_the_size_that_the_search_is_expected_to_find():
+    """Of whatever mixer it resizes; without that search, or an expectation, the mixer's own."""
+    config, teacher = jet_nemotron_2b(), qwen2_5_1_5b()
+
+    def planned(config):
+        student = planned_student(config, teacher)
+        (kind,) = linear_kinds(student.layer_plan)
+        mixer = student.mixers[kind]
+        return kind, (mixer.head_dim, mixer.head_v_dim, mixer.num_heads)
+
+    assert planned(config) == ("jet", (96, 256, 12))
+    search = config.hardware_search
+    table_2 = config.replace(hardware_search=search.replace(mixer="gated_delta_net"))
+    assert planned(table_2) == ("gated_delta_net", (96, 256, 12))
+    own = ("jet", (192, 384, 4))
+    assert planned(config.replace(hardware_search=search.replace(expected=None))) == own
+    stages = tuple(stage for stage in config.stages if stage != "hardware_search")
+    assert planned(config.replace(stages=stages)) == own
+    # The supernet is trained before anything is sized.
+    assert planned_student(config, teacher, "gla").mixers["gla"] == config.mixers["gla"]
+    with pytest.raises(
+        UserError, match=r"hardware_search.expected: '96x256x13' is not in the grid; it has 256x288x4, "
+    ):
+        search.replace(expected="96x256x13")
+
+
+def test_every_placement_that_is_trained_for_comparison_is_counted():
+    config, teacher = tiny(), qwen2_5_1_5b()
+    placement = config.placement.replace(budget=7)
+
+    def names(**changes):
+        changed = config.replace(placement=placement.replace(**changes))
+        return [run.name for run in estimate_run(changed, teacher).stages[1].runs]
+
+    every = [f"compare_uniform_phase_{phase}" for phase in (0, 1, 3)]
+    assert names() == ["supernet", "compare_learned", "compare_uniform", *every, "compare_all_linear"]
+    assert names(comparison="declared") == ["supernet", "compare_learned", "compare_uniform"]
+    assert names(compare_training=None) == ["supernet"]
+
+
 @pytest.mark.parametrize(("budget", "swa_budget"), [(5, 30), (5, 23), (28, 0)])
 def test_budgets_that_leave_no_linear_layer_are_refused(budget, swa_budget):
     config = tiny().replace(placement=tiny().placement.replace(budget=budget, swa_budget=swa_budget))
@@ -155,9 +196,14 @@ def test_memory_by_part():
     assert distilled.gradients < one.gradients
 
 
+def from_teacher(config):
+    """With a stage 1 that needs no weights of the search."""
+    return config.replace(stage1=config.stage1.replace(init="teacher"))
+
+
 def test_equal_candidates_are_counted_once():
     """As the stages do it: new_block repeats two blocks, and one point of the grid is the block as it was before."""
-    config, teacher = jet_nemotron_2b(), qwen2_5_1_5b()
+    config, teacher = from_teacher(jet_nemotron_2b()), qwen2_5_1_5b()
     stages = {stage.stage: stage for stage in estimate_run(config, teacher).stages}
     assert {run.name: run.reused_from for run in stages["new_block"].runs} == {
         "gated_delta_net": "block_selection",
@@ -165,7 +211,7 @@ def test_equal_candidates_are_counted_once():
     }
     assert (stages["new_block"].jobs, stages["new_block"].tokens, stages["new_block"].gpu_hours) == (0, 0, 0)
     reused = [run.name for run in stages["hardware_search"].runs if run.reused_from]
-    assert reused == ["96x256x12"]
+    assert reused == ["192x384x4"]
     assert stages["hardware_search"].tokens == 8 * config.hardware_search.training.tokens
     # Another training, another evaluation, or an earlier stage that the run leaves out: nothing to take over.
     longer = config.new_block.training.replace(steps=config.new_block.training.steps + 1)
@@ -181,7 +227,7 @@ def test_equal_candidates_are_counted_once():
 def test_candidates_that_stage_1_continues_are_all_trained():
     """A result taken over has no weights; the stage would find out after days."""
     config = jet_nemotron_2b()
-    config = config.replace(stage1=config.stage1.replace(init="search"))
+    assert config.stage1.init == "search"
     stages = {stage.stage: stage for stage in estimate_run(config, qwen2_5_1_5b()).stages}
     assert (stages["new_block"].jobs, stages["hardware_search"].jobs) == (0, 9)
     shorter = config.replace(stages=("prepare", "placement", "block_selection", "new_block", "stage1"))
@@ -226,7 +272,7 @@ def test_logits_are_counted_with_one_chunk_of_the_losses():
 def test_gpu_hours_scale_with_tokens_and_speed():
     run = estimate_run(jet_nemotron_2b(), qwen2_5_1_5b())
     by_name = {stage.stage: stage for stage in run.stages}
-    assert by_name["hardware_search"].jobs == 8 and by_name["placement"].jobs == 1
+    assert by_name["hardware_search"].jobs == 9 and by_name["placement"].jobs == 1
     assert by_name["stage2"].tokens == pytest.approx(350e9, rel=1e-5)
     faster = estimate_run(jet_nemotron_2b(), qwen2_5_1_5b(), utilisation=0.7)
     for slow, fast in zip(run.stages, faster.stages):

@@ -78,7 +78,10 @@ def test_sliding_windows_of_qwen2():
     model = model_from_hf(QWEN | {"use_sliding_window": True})
     assert model.layer_plan == ("attn",) * 21 + ("swa:4096",) * 7
     types = ["full_attention"] * 27 + ["sliding_attention"]
-    assert model_from_hf(QWEN | {"layer_types": types}).layer_plan[-2:] == ("attn", "swa:4096")
+    on = QWEN | {"layer_types": types, "use_sliding_window": True}
+    assert model_from_hf(on).layer_plan[-2:] == ("attn", "swa:4096")
+    with pytest.raises(UserError, match="'sliding_attention' but use_sliding_window is not true"):
+        model_from_hf(QWEN | {"layer_types": types})
 
 
 def test_rope_parameters_of_transformers_5():

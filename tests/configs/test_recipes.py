@@ -5,14 +5,23 @@ import sys
 import pytest
 import yaml
 
+from megatron_jet.configs.cost import model_cost
 from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.layer_plan import hybrid_plan
 from megatron_jet.configs.mixers.jet_block import JetBlockConfig
 from megatron_jet.configs.overrides import apply_overrides, dump_yaml, load_yaml, parse_value
 from megatron_jet.configs.recipes.catalog import RECIPES, load_recipe
+from megatron_jet.configs.recipes.distill import jet_nemotron_2b_distill, jet_nemotron_4b_distill
 from megatron_jet.configs.recipes.jet_nemotron import jet_nemotron_2b, jet_nemotron_4b
+from megatron_jet.configs.recipes.known_models import (
+    jet_nemotron_2b_model,
+    jet_nemotron_4b_model,
+    qwen2_5_1_5b,
+    qwen2_5_3b,
+)
 from megatron_jet.configs.recipes.tiny import tiny
 from megatron_jet.configs.run import RunConfig
-from megatron_jet.configs.stages import STAGE_ORDER
+from megatron_jet.configs.stages import SEARCH_STAGES, SELECTION_STAGES, STAGE_ORDER
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -38,21 +47,71 @@ def test_paper_recipe_holds_the_published_figures():
 
 @pytest.mark.parametrize("build", [jet_nemotron_2b, jet_nemotron_4b])
 def test_paper_recipes_fit_together(build):
-    """The published block is among the candidates and the grid; all candidates have its state; all stages are scored
+    """The published block is in the grid, and so is the size that all candidates have before; all stages are scored
     on as many samples; the supernet mostly sees as many full layers as it is to place."""
     config = build()
-    jet = config.mixers["jet"]
+    jet = (jet_nemotron_2b_model if build is jet_nemotron_2b else jet_nemotron_4b_model)().mixers["jet"]
     state = jet.num_heads * jet.head_dim * jet.head_v_dim
     assert {point.state_size for point in config.hardware_search.grid} == {state}
-    assert f"{jet.head_dim}x{jet.head_v_dim}x{jet.num_heads}" in {point.name for point in config.hardware_search.grid}
-    for mixer in (config.mixers["gla"], config.mixers["gated_delta_net"]):
-        assert mixer.num_heads * mixer.head_dim * mixer.head_v_dim == state
+    names = {point.name for point in config.hardware_search.grid}
+    assert {size(jet), size(config.mixers["jet"])} < names
+    assert config.hardware_search.expected == size(jet)
     scored = [stage for stage in STAGE_ORDER if hasattr(config.stage(stage), "eval")]
     assert scored == [*STAGE_ORDER[1:7], "evaluate"]
     assert {config.stage(stage).eval.samples for stage in scored} == {512}
     weights = config.placement.full_layers
     assert max(weights, key=weights.get) == config.placement.budget
     assert sum(n * w for n, w in weights.items()) == config.placement.budget * sum(weights.values())
+
+
+def size(mixer) -> str:
+    """As the grid names it."""
+    return f"{mixer.head_dim}x{mixer.head_v_dim}x{mixer.num_heads}"
+
+
+@pytest.mark.parametrize(("build", "plain"), [(jet_nemotron_2b, "192x384x4"), (jet_nemotron_4b, "256x512x4")])
+def test_blocks_are_compared_at_one_size(build, plain):
+    """Of two blocks with twice the parameters between them, the larger one wins, whatever it is."""
+    config, teacher = build(), (qwen2_5_1_5b if build is jet_nemotron_2b else qwen2_5_3b)()
+    candidates = {*config.block_selection.candidates, *config.new_block.candidates}
+    assert candidates == {"gla", "gated_delta_net", "jet"}
+    assert {size(config.mixers[name]) for name in candidates} == {plain}
+    plan = hybrid_plan(teacher.num_layers, "gla", (14, 19), {20: 1152, 21: 1152})
+    models = [
+        teacher.with_plan(tuple(name if entry == "gla" else entry for entry in plan), {name: config.mixers[name]})
+        for name in candidates
+    ]
+    mixers = [model_cost(model, 1).by_kind[model.layer_plan[0]].mixer_params for model in models]
+    assert max(mixers) < 1.2 * min(mixers)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_stage_1_continues_the_winner_or_trains_like_the_search(name):
+    """From the teacher's weights at less than the search's rate it could end below the candidate that won."""
+    config = load_recipe(name)
+    search = config.hardware_search.training.optimizer.lr
+    assert {config.stage(stage).training.optimizer.lr for stage in SEARCH_STAGES} == {search}
+    if config.student_plan is None:
+        assert config.stage1.init == "search"
+        assert config.stage1.training.optimizer.lr <= search
+    else:
+        assert config.stage1.init == "teacher" and config.stage1.training.optimizer.lr == search
+
+
+@pytest.mark.parametrize("build", [jet_nemotron_2b_distill, jet_nemotron_4b_distill])
+def test_published_models_are_distilled_at_their_published_size(build):
+    config = build()
+    published = {"jet_nemotron_2b_distill": jet_nemotron_2b_model, "jet_nemotron_4b_distill": jet_nemotron_4b_model}
+    model = published[config.recipe]()
+    assert (config.student_plan, config.mixers["jet"]) == (model.layer_plan, model.mixers["jet"])
+
+
+def test_the_tiny_search_reads_no_clock():
+    """Three runs with equal accuracies had three winners when measured speed decided."""
+    config = tiny()
+    for stage in SELECTION_STAGES:
+        throughput = config.stage(stage).throughput
+        assert throughput.mode == "analytic" and throughput.timed, "formulas decide; the clock is shown"
 
 
 def test_a_search_to_continue_has_to_be_among_the_stages():

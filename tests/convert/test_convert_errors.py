@@ -17,6 +17,7 @@ from convert.convert_cases import (
     edit_tensors,
     into_shards,
     rewrite,
+    same,
 )
 from megatron_jet.configs.errors import UserError
 from megatron_jet.convert.hf_files import INDEX
@@ -89,6 +90,61 @@ def test_bad_import_is_one_line_and_leaves_nothing(case, oracle, tmp_path, capsy
     assert convert("import", oracle, out) == 1
     check_one_line(capsys, named)
     assert not out.parent.exists() or not list(out.parent.iterdir())
+
+
+UNFINISHED = {
+    "gptq": (
+        {"model.layers.0.mlp.up_proj.qweight": torch.int32, "model.layers.0.mlp.up_proj.scales": torch.half},
+        "quan",
+    ),
+    "fp8": ({"model.layers.0.mlp.up_proj.weight_scale_inv": torch.float32}, "weights are quantised; dequantise"),
+    "bnb": ({"model.layers.0.mlp.up_proj.weight.absmax": torch.float32}, "weights are quantised; dequantise"),
+    "adapter": (
+        {"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": torch.float32},
+        "merge it into the model",
+    ),
+    "wrapped": ({"module.model.norm.weight": torch.float32}, "save the model inside the wrapper"),
+    "compiled": ({"_orig_mod.model.norm.weight": torch.float32}, "save the model inside the wrapper"),
+    "bare": ({"embed_tokens.weight": torch.float32}, "bare base model"),
+}
+
+
+@pytest.mark.parametrize("case", UNFINISHED)
+def test_what_a_file_is_that_is_no_plain_model(case, oracle, tmp_path, capsys):
+    """The tensors' names tell, where config.json does not."""
+    extra, words = UNFINISHED[case]
+    edit_tensors(oracle, lambda t: t.update({name: torch.ones(2, dtype=dtype) for name, dtype in extra.items()}))
+    assert convert("import", oracle, tmp_path / "ckpt") == 1
+    check_one_line(capsys, ["not part of the model", words])
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_weights_of_a_quantised_type_are_named(dtype, oracle, tmp_path, capsys):
+    edit_tensors(oracle, lambda t: t.update({NAN_NAME: t[NAN_NAME].to(dtype)}))
+    assert convert("import", oracle, tmp_path / "ckpt") == 1
+    check_one_line(capsys, [NAN_NAME, "Dequantise them first"])
+
+
+def test_a_tied_embedding_may_go_by_the_heads_name(oracle, tmp_path, capsys):
+    """Savers that drop tensors with shared memory keep either name."""
+    edit_tensors(oracle, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
+    assert convert("import", oracle, tmp_path / "ckpt") == 0
+    assert convert("import", copy_oracle(tmp_path / "usual"), tmp_path / "usual-ckpt") == 0
+    for name in ("ckpt", "usual-ckpt"):
+        assert convert("export", tmp_path / name, tmp_path / f"{name}-hf") == 0
+    assert same(tmp_path / "ckpt-hf", tmp_path / "usual-ckpt-hf")
+    assert convert("verify", oracle, tmp_path / "ckpt") == 0
+    edit_config(oracle, lambda config: config.update(tie_word_embeddings=False))
+    capsys.readouterr()
+    assert convert("import", oracle, tmp_path / "untied") == 1
+    check_one_line(capsys, ["missing: model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("tolerance", ["nan", "-1", "inf", "x"])
+def test_a_tolerance_that_decides_nothing_is_wrong_usage(tolerance, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        convert("verify", tmp_path, tmp_path, f"--tolerance={tolerance}")
+    assert caught.value.code == 2 and "--tolerance" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kept", [4, 100, 50_000])
@@ -253,6 +309,14 @@ def test_one_bad_value_anywhere_is_found(dtype, value):
 def checkpoint(oracle, tmp_path) -> Path:
     assert convert("import", oracle, tmp_path / "ckpt") == 0
     return tmp_path / "ckpt"
+
+
+def test_a_folder_without_a_tokenizer_is_none(checkpoint, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    capsys.readouterr()
+    assert convert("export", checkpoint, tmp_path / "out", "--tokenizer", tmp_path / "empty") == 1
+    check_one_line(capsys, ["empty", "no tokenizer"])
+    assert not (tmp_path / "out").exists()
 
 
 KEY = "decoder.layers.1.self_attention.linear_qkv.weight"

@@ -17,8 +17,8 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from convert.convert_cases import SCRIPT, check_one_line, convert, copy_oracle, edit_tensors, load_script, same, visible
-from megatron_jet.convert.global_checkpoint import GlobalCheckpoint
 from megatron_jet.configs.directories import replaced_directory
+from megatron_jet.convert.global_checkpoint import GlobalCheckpoint
 
 NAN_NAME = "model.layers.2.mlp.up_proj.weight"
 
@@ -134,7 +134,7 @@ def test_the_old_directory_comes_back_when_the_kill_fell_between_the_renames(tmp
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_ctrl_c_and_sigterm_leave_nothing(oracle, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_leaves_nothing(oracle, tmp_path, monkeypatch, capsys):
     def interrupted(*args):
         raise KeyboardInterrupt
 
@@ -142,8 +142,6 @@ def test_ctrl_c_and_sigterm_leave_nothing(oracle, tmp_path, monkeypatch, capsys)
     assert convert("import", oracle, tmp_path / "ckpt") == 75
     check_one_line(capsys, ["interrupted", "nothing was written"])
     assert os.listdir(tmp_path) == ["hf"]
-    with pytest.raises(KeyboardInterrupt):
-        load_script().stop(signal.SIGTERM, None)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

@@ -36,6 +36,14 @@ PUBLISHED_2B = {
 }
 
 
+@pytest.mark.parametrize("config_class", [JetNemotronConfig, MegatronJetConfig])
+def test_transformers_is_told_that_a_config_without_layers_cannot_be_made(config_class):
+    """Releases before 5.23 make one to compare with (the oldest of them runs in `make test-oldest`)."""
+    with pytest.raises(Exception, match="layer_types is missing"):
+        config_class()
+    assert config_class.has_no_defaults_at_init is True
+
+
 @pytest.mark.parametrize("base", [None, *FAMILIES])
 @pytest.mark.parametrize("config_class", [JetNemotronConfig, MegatronJetConfig])
 def test_a_key_that_is_left_out_means_the_same_to_both_readers(config_class, base):

@@ -6,9 +6,11 @@ fp64, so that two ways to the same logits differ by 1e-13 and greedy tokens cann
 import pytest
 import torch
 from transformers import DynamicCache
+from transformers.generation.utils import ALL_CACHE_NAMES
 
 from convert.hf_cases import config_dict, random_model, random_tokens
 from megatron_jet.convert.hf.cache import HybridCache, KeyValueLayer, SlidingWindowLayer
+from megatron_jet.convert.hf.modeling_megatron_jet import CACHE_NAME
 
 LENGTHS = (3, 17, 40, 70)
 
@@ -229,6 +231,38 @@ def test_gradients_flow_through_the_cache(model):
         gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
     for name, whole in gradients[0].items():
         assert (gradients[1][name] - whole).norm() <= 1e-9 * whole.norm(), name
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prefill_chunk_size": 4}])
+def test_generating_in_training_mode_with_gradient_checkpointing_gives_the_same_text(options):
+    """As trainers do that generate between steps: no cache is kept, so the whole text is handed over each time."""
+    model, tokens = random_model(), random_tokens(2, 9)
+    expected = greedy(model, tokens, torch.ones_like(tokens), **options)
+    model.gradient_checkpointing_enable()
+    model.train()
+    options.pop("prefill_chunk_size", None)
+    assert torch.equal(greedy(model, tokens, torch.ones_like(tokens), **options), expected)
+    cache = model.eval()(tokens, use_cache=True)[CACHE_NAME]
+    model.train()
+    with pytest.raises(ValueError, match="does not go with gradient checkpointing in training mode"):
+        model(tokens, past_key_values=cache)
+    with pytest.raises(ValueError, match="does not go with gradient checkpointing in training mode"):
+        greedy(model, tokens, past_key_values=cache)
+
+
+def test_the_cache_goes_by_both_names(model):
+    """transformers 5.24 calls it `cache`; swallowed as an unknown argument it would be left out of every pass."""
+    tokens = random_tokens(1, 9)
+    with torch.no_grad():
+        whole = model(tokens, use_cache=False).logits
+        for name in ("past_key_values", "cache"):
+            cache = HybridCache(model.config)
+            parts = [model(part, **{name: cache}).logits for part in tokens.split(4, 1)]
+            assert (torch.cat(parts, 1) - whole).abs().max() < 1e-10 * whole.abs().max(), name
+            assert model.model(tokens, **{name: HybridCache(model.config)})[CACHE_NAME].get_seq_length() == 9
+    with pytest.raises(ValueError, match="two names of one thing"):
+        model(tokens, past_key_values=HybridCache(model.config), cache=HybridCache(model.config))
+    assert CACHE_NAME in ("past_key_values", "cache") and CACHE_NAME in ALL_CACHE_NAMES
 
 
 def test_other_caches_are_refused(model):

@@ -89,6 +89,19 @@ def test_decay_parameters_stay_fp32_in_a_bf16_model(tmp_path):
     assert cache.layers[0].tensors()["recurrent"].dtype == torch.float32
 
 
+def test_no_layer_looks_like_one_that_adapters_wrap_without_effect():
+    """A LoRA on an nn.Conv1d adds to what its forward gives; a convolution that carries a state goes another way."""
+    model = random_model()
+    assert not any(isinstance(module, torch.nn.Conv1d) for module in model.modules())
+    before = logits(model, random_tokens(1, 9))
+    model.model.layers[2].self_attn.q_conv1d.register_forward_hook(
+        lambda module, inputs, output: (output[0] * 2, output[1])
+    )
+    assert not torch.equal(logits(model, random_tokens(1, 9)), before), "its forward is what the model computes"
+    fresh = MegatronJetForCausalLM(MegatronJetConfig(**config_dict(initializer_range=0.3)))
+    assert 0.15 < fresh.model.layers[2].self_attn.v_conv1d.weight.std() < 0.6
+
+
 def test_gradient_checkpointing_changes_no_gradient():
     model, tokens = random_model(), random_tokens(2, 20)
     gradients = []

@@ -27,7 +27,7 @@ SHIPPED_KERNELS = {
 USER_SCRIPT = """
 import json, sys, torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 result = {}
 for directory in sys.argv[1:]:
     model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
@@ -35,8 +35,14 @@ for directory in sys.argv[1:]:
     prompts = load_file(directory + "/prompts.safetensors")
     greedy = dict(max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
     out = model.generate(prompts["tokens"], attention_mask=prompts["mask"], **greedy)
+    base = AutoModel.from_pretrained(directory, trust_remote_code=True)
+    with torch.no_grad():
+        hidden = base(prompts["tokens"], attention_mask=prompts["mask"]).last_hidden_state
+        logits = model(prompts["tokens"], attention_mask=prompts["mask"]).logits
+    assert torch.equal(model.lm_head(hidden), logits)
     save_file({"out": out}, directory + "/generated.safetensors")
-    result[directory] = [type(model).__name__, AutoConfig.from_pretrained(directory, trust_remote_code=True).model_type]
+    model_type = AutoConfig.from_pretrained(directory, trust_remote_code=True).model_type
+    result[directory] = [type(model).__name__, type(base).__name__, model_type]
 print(json.dumps(result))
 """
 
@@ -74,8 +80,8 @@ def test_an_export_loads_and_generates_without_this_project(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result[str(directories[0])] == ["MegatronJetForCausalLM", "megatron_jet"]
-    assert result[str(directories[1])] == ["JetNemotronForCausalLM", "jet_nemotron"]
+    assert result[str(directories[0])] == ["MegatronJetForCausalLM", "MegatronJetModel", "megatron_jet"]
+    assert result[str(directories[1])] == ["JetNemotronForCausalLM", "JetNemotronModel", "jet_nemotron"]
     for directory, model in zip(directories, (superset, published)):
         found = load_file(directory / "generated.safetensors")["out"]
         for row, start in ((0, 0), (1, 6)):

@@ -52,6 +52,7 @@ def test_a_card_says_what_where_from_and_how():
     for part in (
         "# Hybrid model from Qwen2.5-1.5B",
         "recipe `x`",
+        "needs: torch >= 2.9 and transformers >= 5.6.2;",
         "2 x full attention: 14, 19\n",
         "2 x sliding-window attention of 1152 tokens: 20, 21\n",
         "24 x `jet`: 0, 1, 2,",

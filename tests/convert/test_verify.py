@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 from torch.multiprocessing.spawn import ProcessExitedException
+from transformers import Qwen2ForCausalLM
 
-from convert.convert_cases import SCRIPT, convert
+from convert.convert_cases import SCRIPT, check_one_line, convert, save_qwen2
 from convert.hf_cases import ORACLE
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import read_json, write_json
@@ -17,6 +18,8 @@ from megatron_jet.configs.training import ParallelConfig
 from megatron_jet.convert.global_checkpoint import GlobalCheckpoint, write_checkpoint
 from megatron_jet.convert.hf_export import checkpoint_config
 from megatron_jet.convert.hf_import import import_hf
+from megatron_jet.convert.hf_package import load_for_causal_lm
+from megatron_jet.convert.verify import compare
 from megatron_jet.convert.verify.compare import check_same_model, first_different, run_megatron, verify
 from megatron_jet.convert.verify.worker import VerifyJob, write_activations
 
@@ -88,6 +91,31 @@ def test_a_wrong_row_of_the_embedding_is_found_whichever_tokens_are_drawn(checkp
         tensors["embedding.word_embeddings.weight"][row] = value
         write_checkpoint(tmp_path / "wrong", tensors, checkpoint_config(checkpoint).to_dict())
         assert first_different(verify(ORACLE, tmp_path / "wrong", ParallelConfig()), 1e-4).name == "embedding"
+
+
+def test_a_config_that_transformers_reads_in_another_way_is_named(tmp_path):
+    """Windows are longer than the tokens compared, so that outputs would not tell."""
+    save_qwen2(tmp_path)
+    loaded = load_for_causal_lm(tmp_path).config.to_dict()
+    compare.check_as_loaded(tmp_path, loaded)
+    windows = loaded | {"use_sliding_window": True, "sliding_window": 512, "layer_types": ["sliding_attention"] * 2}
+    for wrong in (windows, loaded | {"rms_norm_eps": 1e-5}):
+        with pytest.raises(UserError, match=r"config\.json: transformers loads (layer_plan|rms_norm_eps) as"):
+            compare.check_as_loaded(tmp_path, wrong)
+
+
+@pytest.mark.parametrize("error", [KeyError("sliding_attention"), TypeError("two\nlines"), AttributeError()])
+def test_a_model_that_transformers_cannot_run_is_one_line(tmp_path, monkeypatch, capsys, error):
+    save_qwen2(tmp_path / "hf", dtype=torch.float32)
+    assert convert("import", tmp_path / "hf", tmp_path / "ckpt") == 0
+    capsys.readouterr()
+
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(Qwen2ForCausalLM, "forward", fail)
+    assert convert("verify", tmp_path / "hf", tmp_path / "ckpt") == 1
+    check_one_line(capsys, [str(tmp_path / "hf"), "transformers cannot run this model"])
 
 
 def test_nan_counts_as_different(checkpoint, tmp_path):

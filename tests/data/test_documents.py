@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 
 import pyarrow
@@ -10,7 +11,7 @@ import pytest
 
 from megatron_jet.configs.errors import UserError
 from megatron_jet.data import documents as documents_module
-from megatron_jet.data.documents import read_documents
+from megatron_jet.data.documents import Document, read_documents
 from megatron_jet.data.inputs import find_inputs, part_of
 
 LINES = "".join(json.dumps({"text": f"document {number}"}) + "\n" for number in range(3000)).encode()
@@ -142,3 +143,133 @@ def test_parts_hold_every_file_once(tmp_path):
     ):
         with pytest.raises(UserError, match=re.escape(f"--part {part[0]}/{part[1]}: ") + f".*{message}"):
             part_of(files, part)
+
+
+def texts_of(path, **options) -> list[str]:
+    return [document.text for document in read_documents(path, **options)]
+
+
+def test_hidden_files_of_a_folder_are_left_out_and_counted(tmp_path):
+    """Editors, notebooks, git, the Hub's downloader and Macs leave copies and attributes there."""
+    for name in (".ipynb_checkpoints/a.jsonl", ".git/b.txt", ".cache/x/c.parquet", "._a.jsonl", "__MACOSX/sub/d.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"\x00\x05\x16\x07")
+    with pytest.raises(UserError, match=r"file in this folder \(5 hidden files are not read .*\); give them by name"):
+        find_inputs([str(tmp_path)])
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.jsonl").write_bytes(LINES)
+    (tmp_path / "b.json").write_bytes(b"{}")
+    said = []
+    assert [file.path for file in find_inputs([str(tmp_path)], said.append)] == [tmp_path / "sub" / "a.jsonl"]
+    assert said == [
+        f"{tmp_path}: 1 files of other kinds are not read (.json 1); 5 hidden files are not read (names with a dot "
+        "first, __MACOSX)"
+    ]
+    by_name = [str(tmp_path / name) for name in (".git", ".ipynb_checkpoints/a.jsonl", "__MACOSX")]
+    assert [file.path.name for file in find_inputs(by_name)] == ["b.txt", "a.jsonl", "d.txt"]
+
+
+def test_a_folder_that_cannot_be_searched_is_no_empty_one(tmp_path, monkeypatch):
+    """Tests may run as root, whom no permission stops."""
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "closed").mkdir()
+    real = os.scandir
+
+    def scandir(path):
+        if os.fspath(path) == str(tmp_path / "closed"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match="closed: this folder cannot be read .Permission denied"):
+        find_inputs([str(tmp_path)])
+
+
+def test_names_that_are_no_text_and_links_to_folders(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("x")
+    (tmp_path / "far").mkdir()
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "far")
+    (tmp_path / "in" / "gone.txt").symlink_to(tmp_path / "gone.txt")
+    said = []
+    assert [file.path.name for file in find_inputs([str(tmp_path / "in")], said.append)] == ["a.txt"]
+    others = "1 files of other kinds are not read (none 1); 1 links to folders are not followed"
+    assert said == [f"{tmp_path / 'in'}: {others}"]
+    with open(os.fsencode(tmp_path / "in") + b"/\xff.txt", "w"):
+        pass
+    with pytest.raises(UserError, match="this file's name is not UTF-8; rename it"):
+        find_inputs([str(tmp_path / "in")])
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz"])
+def test_a_byte_order_mark_is_no_text_and_other_encodings_are_refused(tmp_path, name):
+    lines = '{"text": "first"}\n{"text": "second"}\n'
+    path = tmp_path / name
+    content = "first" if name == "a.txt" else lines
+    path.write_bytes(compressed(name, content.encode("utf-8-sig")))
+    assert texts_of(path)[0] == "first"
+    if name != "a.txt":
+        path.write_bytes(compressed(name, 2 * lines.encode("utf-8-sig")))  # two files put together
+        assert texts_of(path) == ["first", "second"] * 2
+        path.write_bytes(compressed(name, b'{"text": "\\ufefffirst"}'))
+        assert texts_of(path) == ["first"]
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32"):
+        path.write_bytes(compressed(name, content.encode(encoding)))
+        with pytest.raises(UserError, match=f"{name}: cannot be read as UTF-8: it is UTF-16 or UTF-32; convert it"):
+            texts_of(path)
+
+
+def test_texts_of_nothing_are_left_out_and_answers_of_nothing_are_bad(tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = [{"text": text} for text in ("", " \n\t", "\ufeff", "good")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    empty = []
+    assert texts_of(path, empty_document=lambda: empty.append(1)) == ["good"]
+    assert len(empty) == 3
+    for row, problem in (
+        ({"prompt": "x", "answer": ""}, "an empty answer"),
+        ({"prompt": "x", "answer": " \n"}, "an empty answer"),
+        ({"prompt": "", "answer": "x"}, "an empty prompt"),
+    ):
+        path.write_text(json.dumps(row) + '\n{"prompt": "x", "answer": "y"}\n')
+        said = []
+        assert texts_of(path, bad_document=said.append) == ["x"]
+        assert len(said) == 1 and said[0].startswith(f"{path}:1: {problem}")
+        with pytest.raises(UserError, match=f"a.jsonl:1: {problem}.*--skip-bad"):
+            texts_of(path)
+
+
+TEXT = pyarrow.string()
+
+
+@pytest.mark.parametrize("kind", [pyarrow.list_(TEXT), pyarrow.large_list(TEXT), pyarrow.list_(TEXT, 1)], ids=str)
+def test_a_parquet_column_of_lists_is_no_text(tmp_path, kind):
+    column = pyarrow.array([["a"], ["b"]], kind)
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="a.parquet: column 'text' holds .*list.*, not strings"):
+        texts_of(tmp_path / "a.parquet")
+
+
+def test_two_parquet_columns_of_one_name(tmp_path):
+    columns = [pyarrow.array(["a"]), pyarrow.array(["b"])]
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, ["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="a.parquet: several columns 'text'; it has text, text"):
+        texts_of(tmp_path / "a.parquet")
+
+
+def test_a_long_zstd_window_names_the_way_out(tmp_path, monkeypatch):
+    """What pyarrow says of a frame made with --long=31; making one takes 2 GiB."""
+
+    def refused(*args, **kwargs):
+        raise OSError("ZSTD decompress failed: Frame requires too much memory for decoding")
+
+    monkeypatch.setattr(pyarrow, "CompressedInputStream", refused)
+    (tmp_path / "a.jsonl.zst").write_bytes(b"")
+    with pytest.raises(UserError, match="a.jsonl.zst: cannot be read .*; .* write it again after zstd -d --long=31"):
+        texts_of(tmp_path / "a.jsonl.zst")
+
+
+def test_documents_that_say_the_same_have_one_digest():
+    same = {Document(name, "text", read=7).digest for name in ("a:1", "b:2")}
+    others = {Document("a", *texts).digest for texts in (("text ",), ("text", "x"), ("textx", ""))}
+    assert len(same) == 1 and len(same | others) == 4

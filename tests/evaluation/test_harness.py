@@ -11,6 +11,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, processors
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from convert.hf_cases import config_dict, random_model
@@ -146,6 +148,53 @@ def test_documents_survive_the_tokenizer_or_hold_ids():
     by_run = list(documents(EvalSet("text", "loss", rows, labels), tokenizer))
     assert [document["tokens"] for document in by_run] == [2, 2]
     assert model._encode_pair(by_run[1]["context"], by_run[1]["target"]) == (rows[1, :5].tolist(), [9, 11])
+
+
+def test_documents_begin_as_the_tokenizer_begins_them(hybrid, tmp_path):
+    """Llama 3's begin-of-text token: the same in training data, evaluation sets and the harness's prompts."""
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((TEACHER / name).read_bytes())
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    begin = ("<|spare263|>", 263)
+    template = TemplateProcessing(single=f"{begin[0]} $A", special_tokens=[begin])
+    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    rows = [{"prompt": f"{number}?", "answer": " yes"} for number in range(99)] + [{"text": "x" * 99}] * 9
+    (tmp_path / "copy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "data"
+    prepare(Request((str(tmp_path / "copy.jsonl"),), tmp_path, 64), out)
+    model = HarnessModel(load_for_causal_lm(hybrid), harness.load_tokenizer(tmp_path), 3)
+    prompt, answer = model._encode_pair("1?", " yes")
+    assert prompt == [begin[1], *b"1?"] and answer == list(b" yes")
+    assert model.tok_batch_encode(["1?"])[0].tolist() == [prompt]
+    splits = load_eval_sets(out, "train"), load_eval_sets(out, "heldout")
+    for evalset in (evalset for sets in splits for evalset in sets):
+        if evalset.name == "text":
+            assert evalset.tokens[0][:3].tolist() == [begin[1], *b"xx"]
+            continue
+        assert evalset.tokens[0][0] == begin[1] and 63 in evalset.tokens[0][2:5]
+        for document in documents(evalset.first(2), model.tokenizer):
+            context, target = model._encode_pair(document["context"], document["target"])
+            position, row = document["position"], document["sequence"]
+            assert context == evalset.tokens[row][:position].tolist()
+            assert target == [evalset.labels[row][position - 1].item()]
+
+
+def test_data_of_a_larger_vocabulary_than_the_models_is_one_line(data, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((TEACHER / name).read_bytes())
+    config = json.loads((TEACHER / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
+    with pytest.raises(UserError, match="prepared for a vocabulary of 512, the model's has 300; prepare") as caught:
+        evaluate(tmp_path, ["tiny_recall"], options=EvaluationOptions(data_dir=str(data)))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_answer_that_is_none_of_the_choices_is_one_line():
+    rows = torch.tensor([[1, 2, 3]])
+    evalset = EvalSet("choice", "choice", rows, torch.tensor([[-100, 7, -100]]), [264, 265])
+    with pytest.raises(UserError, match="source 'choice': answer 7 is none of its choices"):
+        list(documents(evalset, harness.load_tokenizer(TEACHER)))
 
 
 def test_the_tool_writes_and_compares(data, tool, tmp_path, capsys):

@@ -18,7 +18,7 @@ from megatron_jet.configs.recipes.tiny import tiny
 from megatron_jet.configs.stages import STAGE_ORDER
 from megatron_jet.evaluation.report.build import build_report, main
 from megatron_jet.evaluation.report.collect import collect
-from megatron_jet.evaluation.report.html import candidate_curves, duration, render, signed, size_text
+from megatron_jet.evaluation.report.html import candidate_curves, duration, render, signed, size_text, tiles
 
 ROOT = Path(__file__).parents[2]
 VOID = {"meta", "br", "link", "img", "hr", "input", "path", "use", "rect"}
@@ -113,6 +113,45 @@ def test_page_shows_the_figures(page):
     assert "0123456789ab" in page and "launcher/postnas.py run tiny" in page
 
 
+def test_the_first_card_has_the_text_loss_and_what_it_averages(run):
+    """A mean of tasks near 100% hides what the model lost elsewhere."""
+    report = read_json(run / "report.json")
+    first = tiles(report)[0]
+    assert first == {
+        "value": "92.8%",
+        "label": "mean of recall, choice, copy, held out",
+        "note": "teacher 94.7%; text loss 1.560, teacher 1.490 nats",
+    }
+    del report["comparison"]["loss"]["text"]
+    assert tiles(report)[0]["note"] == "teacher 94.7%"
+
+
+def test_formulas_rank_and_timings_are_shown_beside_them(run, page):
+    search = read_json(run / "report.json")["hardware_search"]
+    assert search["throughput_mode"] == "analytic"
+    for candidate in search["candidates"]:
+        speed = candidate["measured"]["generation_tokens_per_second"]["2048"]
+        cells = f"<td>{candidate['analytic_tokens_per_second']['2048']:,.0f}</td><td>{speed:,.0f}</td>"
+        assert cells in page, candidate["name"]
+    assert "tokens/s as timed on this device decides nothing" in page
+
+
+def test_a_candidate_that_did_not_fit_into_memory_has_no_speed_in_the_report(tmp_path):
+    """Where measured speed ranks; its accuracy is shown all the same."""
+    path = write_fake_run(tmp_path / "run")
+    search = tiny().hardware_search
+    measured = search.throughput.replace(mode="measured", also_timed=False)
+    (path / "config.yaml").write_text(dump_yaml(tiny().replace(hardware_search=search.replace(throughput=measured))))
+    result = read_json(path / "stages" / "hardware_search" / "result.json")
+    result["candidates"][0]["measured"]["generation_tokens_per_second"] = {}
+    write_json(path / "stages" / "hardware_search" / "result.json", result)
+    report = collect(path)
+    assert not any(row["name"] == "speed at equal cache" for row in report["measured"]["findings"])
+    name = result["candidates"][0]["name"]
+    row = re.search(rf"<td>{name}.*?</tr>", render(report), flags=re.DOTALL)
+    assert row.group().endswith("<td>–</td></tr>")
+
+
 def test_page_is_one_file(page):
     assert not re.search(r'(src|href)="(?!#)', page)
     assert "@import" not in page and "<script" not in page
@@ -194,7 +233,9 @@ def test_analytic_throughput_and_no_comparison_training(tmp_path):
     report = collect(path)
     page = render(report)
     assert report["comparison"]["measured"]["generation_tokens_per_second"] == {}
-    assert "(analytic)" in page and "straight from the supernet" in page
+    assert "(analytic)" in page and "by formula on one H100" in page
+    assert "straight from the supernet after 120 steps" in page
+    assert "tokens/s as timed on this device" not in page.partition('<section id="sizes">')[2]
     assert not any(row["name"] == "generation speed" for row in report["measured"]["findings"])
 
 

@@ -55,12 +55,97 @@ def test_learned_placement_follows_the_scores_after_training(report):
     rows["learned"]["after"], rows["uniform"]["after"] = rows["uniform"]["after"], rows["learned"]["after"]
     assert verdicts(report)["learned placement"] == SHOWS_NOT
     text = next(row for row in findings(report) if row["name"] == "learned placement")["here"]
-    assert "63.0% with full attention in layers {2, 5}, 96.0% with the uniform {2, 6}" in text
+    assert "63.0% with full attention in layers {2, 5}, 96.0% with the uniform {2, 6} declared beforehand" in text
     rows["learned"]["after"] = rows["uniform"]["after"]
     assert verdicts(report)["learned placement"] == NOISE
     rows["learned"]["after"] = None
     assert verdicts(report)["learned placement"] == SHOWS
-    assert "straight from the supernet" in findings(report)[0]["here"]
+    text = findings(report)[0]["here"]
+    assert "straight from the supernet after 120 steps" in text and "None of these was trained by itself" in text
+
+
+def learned_placement(report) -> dict[str, str]:
+    return next(row for row in findings(report) if row["name"] == "learned placement")
+
+
+def comparison(report) -> dict[str, dict]:
+    return {row["name"]: row for row in report["placement"]["comparison"]}
+
+
+def test_a_placement_that_only_beats_the_declared_one_beats_nothing(report):
+    """A uniform placement that nobody declared may do as well, and then no sentence says otherwise."""
+    rows = comparison(report)
+    assert learned_placement(report)["verdict"] == SHOWS
+    rows["uniform phase 0"]["after"] = copy.deepcopy(rows["learned"]["after"])
+    tied = learned_placement(report)
+    assert tied["verdict"] == NOISE and "cannot be told from chance" in tied["why_not"]
+    assert "63.0% with the uniform {2, 6} declared beforehand" in tied["here"]
+    assert "The best of 2 uniform ones is {0, 4} with 96.0%." in tied["here"]
+    rows["uniform phase 0"]["after"]["accuracy"]["recall"] = 0.999
+    rows["learned"]["after"]["accuracy"]["recall"] = 0.5
+    assert learned_placement(report)["verdict"] == SHOWS_NOT
+    rows["uniform phase 0"]["after"]["accuracy"]["recall"] = 0.1
+    rows["learned"]["after"]["accuracy"]["recall"] = 0.96
+    found = learned_placement(report)
+    assert found["verdict"] == SHOWS and "That is the best of 2 uniform ones." in found["here"]
+
+
+def test_a_search_that_finds_a_uniform_placement_has_beaten_none(report):
+    rows = comparison(report)
+    same = rows["uniform phase 0"]
+    rows["learned"]["full"], same["after"] = same["full"], rows["learned"]["after"]
+    found = learned_placement(report)
+    assert found["verdict"] == NOISE and "The search chose layers that are evenly spaced." in found["here"]
+    rows["learned"]["full"], rows["learned"]["after"] = rows["uniform"]["full"], rows["uniform"]["after"]
+    assert "evenly spaced as declared." in learned_placement(report)["here"]
+
+
+def test_where_a_uniform_placement_is_ahead_is_said(report):
+    rows = comparison(report)
+    assert "ahead" not in learned_placement(report)["here"]
+    better = rows["uniform phase 0"]["after"] = copy.deepcopy(rows["uniform"]["after"])
+    better["accuracy"]["choice"], better["loss"]["text"] = 0.99, 1.25
+    learned = rows["learned"]["after"]
+    assert (
+        f"A uniform one is ahead in choice ({{0, 4}}: 99.0% against {100 * learned['accuracy']['choice']:.1f}%); "
+        f"text loss ({{0, 4}}: 1.250 against {learned['loss']['text']:.3f} nats)."
+    ) in learned_placement(report)["here"]
+    rows["all_linear"]["after"] = copy.deepcopy(rows["all_linear"]["before"])
+    rows["all_linear"]["after"]["accuracy"]["recall"] = 0.021
+    assert "Without full attention: 2.1%." in learned_placement(report)["here"]
+
+
+def test_every_figure_comes_with_how_long_its_model_was_trained(report):
+    """`learned beats uniform` after 20 steps is another sentence than after 2,000."""
+    report["steps"] = {
+        "placement": 1111,
+        "comparison": 7,
+        "block_selection": 33,
+        "new_block": 44,
+        "hardware_search": 1,
+        "stage1": 500,
+        "stage2": 55,
+    }
+    report["placement"]["heat_map"][4]["scores"]["accuracy"]["recall"] = 0.50  # a joint optimum with figures
+    said = {row["name"]: row["here"] for row in findings(report)}
+    assert all("%" in here for here in said.values())
+    for name, length in {
+        "learned placement": "after 7 steps of training each",
+        "few layers matter": "straight from the supernet after 1,111 steps",
+        "joint optimum": "straight from the supernet after 1,111 steps",
+        "tasks need different layers": "straight from the supernet after 1,111 steps",
+        "block selection": "after 33 steps",
+        "JetBlock": "after 44 steps",
+        "dynamic convolution": "after 44 steps",
+        "sizes at equal cache": "after 1 step)",
+        "accuracy kept": "after 555 steps of stage 1 and 2",
+    }.items():
+        assert length in said.pop(name), name
+    assert said == {}
+    row = learned_placement(report)
+    here = row["here"]
+    assert row["paper"].endswith("tested here: whether it learns faster."), "what the verdict is about"
+    assert "how fast a placement learns, not where longer training ends" in here
 
 
 def test_joint_optimum_compares_with_the_best_single_layers(report):
@@ -108,7 +193,9 @@ def test_sizes(report):
     assert verdicts(report)["sizes at equal cache"] == SHOWS
     by_size[0]["measured"]["generation_tokens_per_second"]["2048"] *= 2
     assert verdicts(report)["speed at equal cache"] == SHOWS_NOT
-    report["hardware_search"]["throughput_mode"] = "analytic"
+    report["hardware_search"]["throughput_mode"] = "measured"  # whatever ranks
+    assert verdicts(report)["speed at equal cache"] == SHOWS_NOT
+    by_size[1]["measured"]["generation_tokens_per_second"] = None
     assert "speed at equal cache" not in verdicts(report)
 
 
@@ -138,6 +225,13 @@ def test_accuracy_counts_as_kept_only_where_the_run_can_tell(report, lost, error
             side["error"][task] = error * (len(pairs) / 2) ** 0.5
     report["samples"]["evaluate"] = 10_000
     assert verdicts(report)["accuracy kept"] == verdict
+
+
+def test_the_text_that_a_hybrid_loses_is_in_the_finding(report):
+    """It has no accuracy, so no mean of accuracies shows it."""
+    report["comparison"]["loss"]["text"] = {"teacher": 1.39, "final": 1.62}
+    here = next(row for row in findings(report) if row["name"] == "accuracy kept")["here"]
+    assert "Loss on text 1.390 to 1.620 nats per token." in here
 
 
 def test_no_findings_without_data(report):

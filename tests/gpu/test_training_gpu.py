@@ -11,11 +11,11 @@ from megatron_jet.configs.mixers.gated_delta_net import GatedDeltaNetConfig
 from megatron_jet.configs.mixers.gla import GLAConfig
 from megatron_jet.configs.mixers.jet_block import JetBlockConfig
 from megatron_jet.configs.model import ModelConfig
+from megatron_jet.configs.signals import Interrupted
 from megatron_jet.configs.training import OptimizerConfig
 from megatron_jet.model.builder import build_model
 from megatron_jet.training.distill import DistillationModel
 from megatron_jet.training.optimizer import Optimizer, wrap_data_parallel
-from megatron_jet.configs.signals import Interrupted
 from megatron_jet.training.steps import named_terms, normalizer, run_microbatches, take_batches
 from training.training_cases import DISTILL, RandomLoader, job, run_job, write_models
 

@@ -63,5 +63,5 @@ class ClusterPlace:
     def call(self, *arguments: str) -> tuple[int, str, str]:
         """Exit code, stdout, stderr."""
         process = self.start(*arguments)
-        out, err = process.communicate(timeout=200)
+        out, err = process.communicate(timeout=280)
         return process.returncode, out, err

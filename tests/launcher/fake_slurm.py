@@ -5,21 +5,27 @@ import stat
 from pathlib import Path
 
 SCRIPTS = {
-    # Takes the job, then answers: `refused`, `lost` and `slow` hold the number of a call.
+    # Takes the job, then answers: `refused`, `lost` and `slow` hold the number of a call, `says` what it prints for ID.
     "sbatch": """
-echo x >> $S/calls; n=$(wc -l < $S/calls); id=$((10 + n))
+echo x >> $S/calls; n=$(wc -l < $S/calls); id=$((10 + n)); env > $S/environment/$id
 if [ "$(cat $S/refused 2> /dev/null)" = $n ]; then echo 'sbatch: error: Invalid qos specification' >&2; exit 1; fi
 echo "${!#}" > $S/scripts/$id; echo "$*" > $S/options/$id
 echo "PENDING|$(cat $S/reason 2> /dev/null)||N/A" > $S/jobs/$id
 if [ "$(cat $S/lost 2> /dev/null)" = $n ]; then echo 'sbatch: error: Socket timed out' >&2; exit 1; fi
-if [ "$(cat $S/slow 2> /dev/null)" = $n ]; then touch $S/here; sleep 1.5; fi
-echo $id""",
+if [ "$(cat $S/slow 2> /dev/null)" = $n ]; then touch $S/here; until [ -e $S/go ]; do sleep 0.05; done; fi
+[ ! -e $S/warns ] || cat $S/warns >&2
+if [ -e $S/says ]; then sed "s/ID/$id/g" $S/says; else echo $id; fi""",
+    # Knows nothing that matches a user's filter; `greets` comes before every answer, `blind` holds IDs it leaves out.
     "squeue": """
+echo "$*" >> $S/asked
+if env | grep -qE '^(SQUEUE_|SLURM_CLUSTERS)'; then exit 0; fi
+[ ! -e $S/greets ] || cat $S/greets
 if [ -e $S/silent ]; then echo 'slurm_load_jobs error: Socket timed out on send/recv operation' >&2; exit 1; fi
 found=
 for file in $S/jobs/*; do
     [ -e "$file" ] || continue
     found=1; id=${file##*/}
+    ! grep -qxF $id $S/blind 2> /dev/null || continue
     case "$*" in
         *%o*) grep -q '^CANC' $file || echo "$id|$(cat $S/scripts/$id)" ;;
         *) echo "$id|$(cat $file)" ;;
@@ -27,9 +33,17 @@ for file in $S/jobs/*; do
 done
 [ -z "$found" ] && [[ "$*" = *--jobs=* ]] || exit 0
 echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1""",
-    "sacct": "true",
+    "scontrol": """
+if [ -e $S/greets ]; then cat $S/greets; fi
+for file in $S/jobs/*; do
+    IFS='|' read -r state reason nodes _ < $file
+    echo "JobId=${file##*/} JobName=x UserId=me(1) JobState=$state Reason=$reason NodeList=${nodes:-(null)} Command=x"
+done""",
+    "sacct": 'echo "$*" >> $S/accounted; [ ! -e $S/greets ] || cat $S/greets',
     "scancel": """
+if env | grep -qE '^(SCANCEL_|SLURM_CLUSTERS)'; then exit 0; fi
 echo "$*" >> $S/cancelled; code=0
+while [[ $1 = -* ]]; do shift; done
 if [ -e $S/silent ]; then echo 'scancel: error: Kill job error: Socket timed out' >&2; exit 140; fi
 for id in "$@"; do
     if [ "$(cat $S/denied 2> /dev/null)" = $id ]; then
@@ -45,13 +59,15 @@ exit $code""",
 class FakeSlurm:
     """The commands in `bin`, and what they know.
 
-    Files that steer them: `refused`, `lost`, `slow` (number of an sbatch), `reason` (of waiting jobs), `silent` (the
-    controller does not answer), `denied` (a job that is somebody else's).
+    Files that steer them: `refused`, `lost`, `slow` (number of an sbatch; a slow one makes `here` and waits for `go`),
+    `reason` (of waiting jobs), `silent` (the controller does not answer), `denied` (a job that is somebody else's),
+    `says` (what sbatch prints, with ID for the job's number), `warns` (on stderr), `greets` (what the others print
+    first), `blind` (jobs that squeue leaves out).
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.bin = folder, folder / "bin"
-        for name in ("bin", "jobs", "scripts", "options"):
+        for name in ("bin", "jobs", "scripts", "options", "environment"):
             (folder / name).mkdir(parents=True)
         for name, text in SCRIPTS.items():
             path = self.bin / name

@@ -1,7 +1,7 @@
 """Takes the place of megatron_jet.run_stage in launcher tests: same command line, files, signals, exit codes; no torch.
 
 STAND_IN holds comma-separated `stage=behaviour`: `crash` and `error` fail, `die` kills itself with SIGKILL, `wait`
-stays for a minute and saves on SIGTERM, `stuck` ignores SIGTERM, `child` leaves a child process behind, `stubborn` one
+stays for long and saves on SIGTERM, `stuck` ignores SIGTERM, `child` leaves a child process behind, `stubborn` one
 that ignores SIGTERM, `quiet` exits 0 without finishing. With several ranks `crash`, `error` and `die` happen on the
 last one.
 """
@@ -79,11 +79,11 @@ def misbehave(behaviour, rank):
     if behaviour == "die" and rank == last:
         os.kill(os.getpid(), signal.SIGKILL)
     if behaviour == "wait":
-        time.sleep(60)
+        time.sleep(600)
     if behaviour == "stuck":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         print("stuck", flush=True)
-        time.sleep(60)
+        time.sleep(600)
     if behaviour == "child":
         subprocess.Popen(["sleep", "61"], start_new_session=True)
     if behaviour == "stubborn":

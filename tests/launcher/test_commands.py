@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from fake_run import write_fake_run
-from megatron_jet.configs.lock import exclusive, lock_holder
 from jet_launcher.logs import show_log
 from jet_launcher.progress import PlainDisplay, RichDisplay, describe, describe_end
 from jet_launcher.run_directory import RunDirectory, open_run
 from jet_launcher.stage_status import StageStatus, read_run, run_state
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import write_json
+from megatron_jet.configs.lock import exclusive, lock_holder
 from megatron_jet.configs.recipes.tiny import tiny
 from megatron_jet.configs.stages import STAGE_ORDER
 
@@ -112,17 +112,23 @@ def test_following_a_log_goes_on_into_the_next_stage_and_ends_with_the_run(run, 
     set_status(run, "prepare", "done")
     (run.stage("prepare") / "log.txt").write_text("one\n")
     copy = (tmp_path / "copy").open("w")
+
+    def until_copied(text: str) -> None:
+        deadline = time.monotonic() + 200
+        while text not in (tmp_path / "copy").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
     with run.locked():
         follower = threading.Thread(target=show_log, args=(run, None, True, copy))
         follower.start()
-        time.sleep(0.4)
+        until_copied("one")
         with (run.stage("prepare") / "log.txt").open("a") as log:
             log.write("two\n")
-        time.sleep(0.4)
+        until_copied("two")
         set_status(run, "placement", "running", updated="2026-03-02T10:00:00+00:00")
         (run.stage("placement") / "log.txt").write_text("three\n")
-        time.sleep(0.4)
-    follower.join(timeout=5)
+    follower.join(timeout=200)
     assert not follower.is_alive()
     copy.close()
     assert (tmp_path / "copy").read_text() == "one\ntwo\nthree\n"

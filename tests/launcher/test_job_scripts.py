@@ -9,6 +9,7 @@ from jet_launcher.slurm.experiment import check_paths
 from jet_launcher.slurm.graph import Job
 from jet_launcher.slurm.scripts import (
     JobPlace,
+    check_mounts,
     default_python,
     sbatch_options,
     setup_lines,
@@ -18,6 +19,8 @@ from jet_launcher.slurm.scripts import (
 )
 from megatron_jet.configs.cluster import ClusterConfig
 from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.overrides import apply_overrides
+from megatron_jet.configs.recipes.catalog import load_recipe
 from megatron_jet.configs.training import ParallelConfig
 
 JOB = Job("stage1", "stage1", "stage1", 2, 4, 4, ParallelConfig(), ())
@@ -46,7 +49,7 @@ def environment_after(script: str, tmp_path, cluster: ClusterConfig) -> dict[str
     shell = tmp_path / "code" / "slurm"
     shell.mkdir(parents=True, exist_ok=True)
     (shell / "job.sh").write_text(
-        'postnas_begin() { env -0; }; postnas_load_module() { export LOADED="$LOADED<$1>"; }\n'
+        'postnas_enter() { :; }; postnas_begin() { env -0; }; postnas_load_module() { export LOADED="$LOADED<$1>"; }\n'
     )
     (shell / "step.sh").write_text("env -0\n")
     done = subprocess.run(["bash", "-c", script], capture_output=True, cwd=tmp_path, check=True)
@@ -132,6 +135,61 @@ def test_sbatch_options():
     assert "partition" not in options
     assert "gres" in sbatch_options(JOB, cluster.replace(gpu_request="gres"))
     assert not {"gres", "gpus-per-node"} & set(sbatch_options(JOB, cluster.replace(gpu_request="none")))
+
+
+def test_type_of_the_gpus():
+    cluster = ClusterConfig(gpus_per_node=4, gpu_type="a100", account="team/project", clusters="east")
+    options = sbatch_options(JOB, cluster)
+    assert (options["gpus-per-node"], options["account"], options["clusters"]) == ("a100:4", "team/project", "east")
+    assert sbatch_options(JOB, cluster.replace(gpu_request="gres"))["gres"] == "gpu:a100:4"
+    one = Job("export", "export", "export", 1, 1, 1, ParallelConfig(), ())
+    assert sbatch_options(one, cluster.replace(gpu_request="gres"))["gres"] == "gpu:a100:1", "what one node gives it"
+    assert not {"gres", "gpus-per-node"} & set(sbatch_options(JOB, cluster.replace(gpu_request="none")))
+
+
+def test_early_warning_is_ignored_before_anything_else_happens(tmp_path):
+    """Set-up lines of a process may take their time."""
+    cluster = ClusterConfig(setup=("kill -USR1 $$",), env={"A": "1"})
+    assert environment_after(step_script(JOB, cluster, place(tmp_path)), tmp_path, cluster)["A"] == "1"
+
+
+MOUNTED = ClusterConfig(container={"image": "a", "mounts": ["/lustre:/lustre", "/other:/elsewhere:ro"]})
+UNSEEN = {
+    "teacher": (
+        "teacher.path=/shared/t",
+        "teacher.path=/shared/t: this is under no mount of the container; add /shared:",
+    ),
+    "tokenizer": ("teacher.tokenizer=/shared/t", "teacher.tokenizer=/shared/t: this is under no"),
+    "data": (
+        "data.path=/home/me/data",
+        "data.path=/home/me/data: this is under no mount of the container; add /home/me",
+    ),
+    "similar_name": ("data.path=/lustre2/data", "data.path=/lustre2/data: this is under no mount"),
+    "other_target": ("data.path=/other/data", "data.path=/other/data: this is under no mount"),
+}
+
+
+@pytest.mark.parametrize("case", UNSEEN)
+def test_input_that_the_container_does_not_see_is_refused(case):
+    override, said = UNSEEN[case]
+    config = apply_overrides(load_recipe("tiny"), [override])
+    with pytest.raises(UserError) as error:
+        check_mounts(config, MOUNTED)
+    assert str(error.value).startswith(said)
+    check_mounts(config, ClusterConfig())
+    check_mounts(apply_overrides(load_recipe("tiny"), ["teacher.path=/lustre/t", "data.path=/lustre/a/b"]), MOUNTED)
+
+
+def test_link_that_leads_out_of_the_mounts_is_refused(tmp_path):
+    (tmp_path / "far" / "data").mkdir(parents=True)
+    (tmp_path / "near").mkdir()
+    (tmp_path / "near" / "data").symlink_to(tmp_path / "far" / "data")
+    config = apply_overrides(load_recipe("tiny"), [f"data.path={tmp_path}/near/data"])
+    mount = f"{tmp_path}/near:{tmp_path}/near"
+    with pytest.raises(UserError, match=rf"leads to {tmp_path}/far/data, which is under no mount"):
+        check_mounts(config, ClusterConfig(container={"image": "a", "mounts": [mount]}))
+    both = [mount, f"{tmp_path}/far:{tmp_path}/far"]
+    check_mounts(config, ClusterConfig(container={"image": "a", "mounts": both}))
 
 
 def test_no_pmix_and_time_to_save_for_the_others():

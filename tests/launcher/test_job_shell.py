@@ -9,13 +9,21 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # A scheduler made of files: the job's state in $FAKE/state, every command in $FAKE/calls.
 FAKES = {
-    "squeue": 'cat "$FAKE/state"',
+    # `away` holds how often it does not answer.
+    "squeue": """
+away=$(cat "$FAKE/away" 2> /dev/null || echo 0)
+if [ "$away" -gt 0 ]; then echo $((away - 1)) > "$FAKE/away"; echo 'slurm_load_jobs error: timed out' >&2; exit 1; fi
+if env | grep -qE '^(SQUEUE_|SLURM_CLUSTERS)'; then exit 0; fi
+printf '%b' "$FAKE_GREETING"; cat "$FAKE/state"; printf '%b' "$FAKE_GREETING"
+""",
     "scontrol": """
-echo "$*" >> "$FAKE/calls"
+echo "$*" >> "$FAKE/calls"; [ "$1" = requeue ] || printf '%b' "$FAKE_GREETING"
 case "$1 $2" in
     "show hostnames") printf '%s\\n' ${FAKE_NODES:-n1 n2} ;;
     "show node") echo "NodeName=$4 NodeAddr=10.0.0.7 NodeHostName=$4" ;;
-    "show job") echo "JobId=7 EndTime=$(date -d '+1 hour' +%FT%T) ExcNodeList=${FAKE_EXCLUDED:-(null)} x" ;;
+    "show job")
+        end=${FAKE_END:-$(date -d '+1 hour' +%FT%T)}
+        echo "JobId=7 $FAKE_SECOND EndTime=$end ExcNodeList=${FAKE_EXCLUDED:-(null)} x" ;;
     "requeue 7") echo PENDING > "$FAKE/state" ;;
 esac""",
     "sbatch": """
@@ -31,6 +39,7 @@ JOB = """
 cd "$FAKE"
 source "$POSTNAS_CODE/slurm/job.sh"
 postnas_sbatch=(--nodes=2 --comment="a b")
+postnas_enter
 postnas_begin
 (exit ${CODE:-0})
 exit $?
@@ -69,16 +78,45 @@ def slurm(tmp_path):
         calls_file = tmp_path / "calls"
         state_file = tmp_path / "state"
         progress = stage / "checkpoints"
+        log = tmp_path / "run" / "cluster" / "attempts" / "stage1.log"
+
+        def finish(self, target: str = "stage1") -> None:
+            """The result of the stage, or of a candidate."""
+            name, _, candidate = target.partition(":")
+            folder = stage.parent / name / "jobs" / candidate if candidate else stage.parent / name
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "result.json").write_text("{}")
+
+        @property
+        def lines(self) -> list[str]:
+            return self.log.read_text().splitlines()
+
+        @property
+        def notes(self) -> list[str]:
+            """Event, exit code and words of every line in cluster/attempts, oldest first."""
+            rows = [line.split(maxsplit=5) for line in self.log.read_text().splitlines()]
+            return [f"{row[1]} {row[5]}" for row in rows]
 
         def attempt(self, restart: int, code: int, state: str = "RUNNING", script: str = JOB, **extra: str):
             self.state_file.write_text(state + "\n")
             self.calls_file.write_text("")
             environment = {**base, "SLURM_RESTART_COUNT": str(restart), "CODE": str(code), **extra}
-            return subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+            return subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=250)
 
         @property
         def requeued(self) -> bool:
             return "requeue 7" in self.calls_file.read_text()
+
+        def processes(self) -> list[str]:
+            """Command lines of what an attempt has left running."""
+            left = []
+            for entry in Path("/proc").glob("[0-9]*"):
+                try:
+                    if f"FAKE={tmp_path}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                        left.append((entry / "cmdline").read_text())
+                except OSError:
+                    continue
+            return left
 
         @property
         def calls(self) -> str:
@@ -92,6 +130,7 @@ def checkpoint(slurm, step: int) -> None:
 
 
 def test_success_is_left_alone(slurm):
+    slurm.finish()
     done = slurm.attempt(0, 0)
     assert done.returncode == 0
     assert not slurm.requeued
@@ -102,7 +141,102 @@ def test_interruption_is_queued_again(slurm):
     assert slurm.requeued
 
 
-@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", "PENDING", ""])
+GREETING = "*** Site news ***\\nRUNNING jobs: 3\\nNodeAddr=1.2.3.4 EndTime=2001-01-01T00:00:00 ExcNodeList=n7\\n"
+
+
+@pytest.mark.parametrize("name", ["SQUEUE_STATES", "SQUEUE_PARTITION", "SLURM_CLUSTERS"])
+@pytest.mark.parametrize("when", ["inherited", "set by a module"])
+def test_filters_of_the_user_do_not_hide_the_job_from_itself(slurm, name, when):
+    if when == "inherited":
+        slurm.attempt(0, 75, **{name: "PD"})
+    else:
+        slurm.attempt(0, 75, script=JOB.replace("postnas_begin", f"export {name}=PD\npostnas_begin"))
+    assert slurm.requeued
+
+
+def test_greetings_of_slurms_commands_are_overheard(slurm):
+    marks = preflight("n1.ok:", "n2.bad:GPU 3 is gone") + "; exit 1"
+    slurm.attempt(0, 0, POSTNAS_PREFLIGHT="1", FAKE_SRUN=marks, FAKE_EXCLUDED="n9", FAKE_GREETING=GREETING)
+    assert "update JobId=7 ExcNodeList=n9,n2" in slurm.calls
+    shown = JOB.replace("(exit ${CODE:-0})", 'echo "at $MASTER_ADDR:$MASTER_PORT until $postnas_end"; exit 75')
+    done = slurm.attempt(1, 75, script=shown, FAKE_GREETING=GREETING)
+    assert "at 10.0.0.7:15007 until " in done.stdout and "until 978" not in done.stdout
+    assert slurm.requeued
+
+
+def test_words_that_are_no_state_are_no_end(slurm):
+    """scontrol is asked then."""
+    cases = (("", "RUNNING", True), ("news: RUNNING late", "RUNNING", True), ("", "CANCELLED", False))
+    for state, second, requeued in cases:
+        slurm.attempt(0, 75, state=state, FAKE_SECOND=f"JobState={second}")
+        assert slurm.requeued == requeued, (state, second)
+
+
+# Time that passes only where somebody sleeps.
+CLOCK = """
+passed=0
+sleep() { passed=$((passed + ${1%.*})); }
+date() { if [ "$*" = +%s ]; then echo $(($(command date +%s) + passed)); else command date "$@"; fi; }
+"""
+
+
+def test_controller_that_is_away_for_long_is_waited_for(slurm):
+    (slurm.state_file.parent / "away").write_text("40")
+    done = slurm.attempt(0, 75, script=CLOCK + JOB)
+    assert slurm.requeued
+    assert done.stdout.count("Slurm does not answer; waiting for it") == 1
+
+
+def test_controller_that_stays_away_is_given_up_before_the_time_limit(slurm):
+    (slurm.state_file.parent / "away").write_text("1000")
+    done = slurm.attempt(
+        0,
+        75,
+        script=f'{CLOCK}trap "echo passed $passed" EXIT\n'
+        + JOB.replace("postnas_begin\n", "postnas_begin\nexit() { echo passed $passed; builtin exit $1; }\n"),
+    )
+    assert done.returncode == 75 and not slurm.requeued
+    assert "Slurm does not answer and the time limit is near" in done.stdout
+    [passed] = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("passed")][-1:]
+    assert 3600 - 120 < passed < 3600 - 20, "an hour, less the guard's seconds"
+
+
+def test_job_that_slurm_has_forgotten_is_not_waited_for(slurm):
+    fake = slurm.state_file.parent / "bin" / "squeue"
+    fake.write_text("#!/bin/bash\necho 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1\n")
+    done = slurm.attempt(0, 75)
+    assert "Slurm is ending this job (gone)" in done.stdout and not slurm.requeued
+
+
+@pytest.mark.parametrize("target", ["stage1", "stage1:jet"])
+def test_exit_code_0_without_a_result_is_a_crash(slurm, target):
+    """srun returns it, too, when it loses a node."""
+    state_dir = str(slurm.progress.parent / "jobs" / "jet") if ":" in target else str(slurm.progress.parent)
+    where = {"POSTNAS_TARGET": target, "POSTNAS_STATE_DIR": state_dir}
+    done = slurm.attempt(0, 0, **where)
+    assert (done.returncode, slurm.requeued) == (1, True)
+    assert slurm.notes[-1] == "end 1 ended without an error and without a result"
+    slurm.finish(target)
+    assert slurm.attempt(1, 0, **where).returncode == 0
+    assert slurm.notes[-1] == "end 0 done"
+
+
+def test_lost_node_is_no_crash_of_the_stage(slurm):
+    for restart in range(3):
+        slurm.attempt(restart, 0, state="COMPLETING")
+        assert slurm.notes[-1] == "end 75 ended by Slurm in set-up (modules, setup) (exit code 1)"
+    assert not any(note.startswith("failed") for note in slurm.notes)
+
+
+def test_sigterm_is_no_crash(slurm):
+    """A worker that cannot save within the grace time."""
+    script = JOB.replace("(exit ${CODE:-0})", "kill $$; (exit 143)")
+    for restart in range(3):
+        assert slurm.attempt(restart, 0, script=script).returncode == 143
+        assert slurm.requeued
+
+
+@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", "PENDING"])
 def test_a_job_that_slurm_is_ending_is_not_brought_back(slurm, state):
     done = slurm.attempt(0, 75, state=state)
     assert done.returncode == 75
@@ -182,17 +316,35 @@ def test_another_submission_starts_counting_anew(slurm):
     assert "requeue 8" in slurm.calls
 
 
-def test_clock_guard_leaves_no_process_behind(slurm):
-    slurm.attempt(0, 0)
-    marker = f"FAKE={slurm.state_file.parent}".encode()
-    left = []
-    for entry in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if marker in entry.read_bytes().split(b"\0"):
-                left.append(entry.parent.name)
-        except OSError:
-            continue
-    assert not left
+# A SIGTERM that comes just before a shell waits in `read` is as good as lost until the read is over.
+DEAF = 'read() { if [ "$2" = -t ]; then trap "" TERM; fi; builtin read "$@"; }\n'
+# For those who ask `date`, the limit is 21 seconds away; the guard's own clock has long passed it.
+SOON = 'date() { if [ "$*" = +%s ]; then echo 1577836779; else command date "$@"; fi; }\npostnas_enter'
+LIMIT = {"FAKE_END": "2020-01-01T00:00:00", "TZ": "UTC"}
+
+
+@pytest.mark.parametrize("before", ["", DEAF], ids=["", "deaf"])
+@pytest.mark.parametrize("code", [0, 75])
+def test_clock_guard_leaves_no_process_behind(slurm, before, code):
+    slurm.finish()
+    assert slurm.attempt(0, code, script=before + JOB).stderr == "", "nothing about a process that was killed"
+    assert slurm.processes() == []
+
+
+def test_clock_guard_of_a_script_that_was_killed_queues_nothing_and_leaves(slurm):
+    look = "postnas_guard_look=1\npostnas_enter"
+    script = JOB.replace("postnas_enter", look).replace("(exit ${CODE:-0})", "kill -KILL $$")
+    assert slurm.attempt(0, 0, script=script).returncode == -9
+    assert not slurm.requeued
+    assert slurm.processes() == []
+
+
+def test_clock_guard_queues_a_job_again_that_missed_the_warning(slurm):
+    late = 'until grep -q PENDING "$FAKE/state"; do sleep 0.1; done; (exit 143)'
+    done = slurm.attempt(0, 0, script=JOB.replace("postnas_enter", SOON).replace("(exit ${CODE:-0})", late), **LIMIT)
+    assert done.returncode == 143
+    assert slurm.calls.count("requeue 7") == 1
+    assert "the time limit is 20 seconds away, in set-up (modules, setup); queueing again" in done.stdout
 
 
 def preflight(*marks: str) -> str:
@@ -299,7 +451,78 @@ def test_packages_that_cannot_work_end_the_job_without_blaming_a_node(slurm):
     assert not slurm.requeued and "ExcNodeList" not in slurm.calls
 
 
+TERMINATED = {
+    "by_the_trap": "kill $PPID; exit 1",
+    "by_the_trap_after_a_mark": preflight("n1.ok:") + "; kill $PPID; exit 0",
+    "step_alone": "exit 143",
+    "step_killed": "exit 137",
+    "one_node_done": preflight("n1.ok:") + "; exit 143",
+}
+
+
+@pytest.mark.parametrize("case", TERMINATED)
+def test_preemption_in_preflight_blames_nobody_and_counts_as_an_interruption(slurm, case):
+    """Slurm calls the job RUNNING for all of its grace time."""
+    wait = "for i in 1 2 3 4 5 6 7 8 9 10; do :; done; "
+    step = TERMINATED[case].replace("kill $PPID", 'kill "$JOB_PID"')
+    script = "export JOB_PID=$$\n" + JOB
+    for restart in range(3):
+        done = slurm.attempt(restart, 0, script=script, POSTNAS_PREFLIGHT="1", FAKE_SRUN=wait + step)
+        assert done.returncode == 75, done.stdout
+        assert slurm.requeued and "ExcNodeList=" not in slurm.calls
+        assert slurm.notes[-1].startswith("end 75 ended by Slurm in preflight")
+    assert "giving up" not in done.stdout
+
+
+def test_node_that_says_it_is_bad_is_believed_whatever_ends_the_step(slurm):
+    marks = preflight("n1.ok:", "n2.bad:disk is full") + "; exit 143"
+    slurm.attempt(0, 0, POSTNAS_PREFLIGHT="1", FAKE_SRUN=marks)
+    assert "ExcNodeList=n2" in slurm.calls
+
+
+@pytest.mark.parametrize("line, code", [("exit 3", 3), ("false; exit", 1)])
+def test_set_up_that_ends_the_script_is_a_crash_with_a_name(slurm, line, code):
+    script = JOB.replace("postnas_begin", f"{line}\npostnas_begin")
+    assert slurm.attempt(0, 0, script=script).returncode == code
+    assert slurm.notes[-1] == f"end {code} set-up left with exit code {code}" and slurm.requeued
+    done = slurm.attempt(1, 0, script=script)
+    assert f"giving up: set-up left with exit code {code}, 2 times without progress" in done.stdout
+    assert not slurm.requeued
+
+
+def test_set_up_that_hangs_until_the_time_limit_is_queued_again_and_named(slurm):
+    """And comes to an end."""
+    hang = 'until grep -q PENDING "$FAKE/state"; do sleep 0.1; done; kill -KILL $$'
+    script = JOB.replace("postnas_enter", SOON).replace("postnas_begin", f"{hang}\npostnas_begin")
+    assert slurm.attempt(0, 0, script=script, **LIMIT).returncode == -9
+    assert slurm.requeued
+    assert slurm.notes[-1] == "limit 75 the time limit came in set-up (modules, setup)"
+    with slurm.log.open("a") as log:
+        log.write("".join(line.replace(" 7 0 ", f" 7 {i} ") + "\n" for i in range(1, 12) for line in slurm.lines))
+    done = slurm.attempt(12, 0)
+    assert "without progress, last: the time limit came in set-up (modules, setup)" in done.stdout
+    assert "giving up: interrupted" in done.stdout and not slurm.requeued
+
+
+def test_full_disk_is_named(slurm):
+    """A folder in the way of the test file stands for it: it cannot be written either."""
+    fake = slurm.state_file.parent / "bin" / "dd"
+    fake.write_text("#!/bin/bash\necho \"dd: error writing 'x': No space left on device\" >&2; exit 1\n")
+    fake.chmod(0o755)
+    slurm.attempt(0, 1)
+    run = slurm.state_file.parent / "run"
+    assert slurm.notes[-1] == f"end 1 crashed with exit code 1 (no space left in {run})"
+    fake.write_text("#!/bin/bash\necho \"dd: failed to open 'x': Read-only file system\" >&2; exit 1\n")
+    done = slurm.attempt(1, 1)
+    assert f"crashed with exit code 1 (cannot write in {run}: Read-only file system), 2 times" in done.stdout
+    fake.unlink()
+    slurm.attempt(0, 1, SLURM_JOB_ID="8")
+    assert slurm.notes[-1] == "end 1 crashed with exit code 1"
+    assert list(run.glob(".space*")) == []
+
+
 def test_good_preflight_lets_the_stage_start(slurm):
+    slurm.finish()
     done = slurm.attempt(0, 0, POSTNAS_PREFLIGHT="1", FAKE_SRUN=preflight("n1.ok:", "n2.ok:"))
     assert done.returncode == 0, done.stdout
 
@@ -342,7 +565,7 @@ def step(tmp_path, python: str, **extra: str) -> subprocess.CompletedProcess[str
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=250,
     )
 
 

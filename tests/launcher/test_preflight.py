@@ -1,6 +1,7 @@
 """slurm/preflight.py on one node, in an environment whose packages are made up."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 def check(tmp_path):
     """Run the preflight with some versions (None: as installed) and with GPUs of a compute capability, if any."""
 
-    def run(versions: dict[str, str], capability: str | None = None, **environment: str):
+    def run(versions: dict[str, str], capability: str | None = None, seen: int = 1, **environment: str):
         packages, programs, run_dir, out = (tmp_path / name for name in ("packages", "bin", "run", "out"))
         for folder in (packages, programs, run_dir, out):
             folder.mkdir()
@@ -26,6 +27,10 @@ def check(tmp_path):
             info = packages / f"{name.replace('-', '_')}-{version}.dist-info"
             info.mkdir()
             (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        if capability is not None:
+            (packages / "fla.py").touch()
+            count = f"class cuda:\n    device_count = staticmethod(lambda: {seen})\n"
+            (packages / "torch.py").write_text(f'__version__ = "2.11.0+cpu"\n{count}')
         smi = programs / "nvidia-smi"
         smi.write_text(f'#!/bin/sh\ncase "$1" in *compute_cap*) echo {capability} ;; *) echo "0, H100, 0" ;; esac\n')
         smi.chmod(0o755)
@@ -45,7 +50,7 @@ def check(tmp_path):
             "POSTNAS_GPUS": "0" if capability is None else "1",
         }
         command = [sys.executable, ROOT / "slurm" / "preflight.py", "n1"]
-        done = subprocess.run(command, env=settings | environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, env=settings | environment, capture_output=True, text=True, timeout=250)
         return done, {path.name: path.read_text().strip() for path in out.iterdir()}
 
     return run
@@ -60,7 +65,8 @@ def test_fit(check):
 def test_a_site_check_that_hangs_makes_the_node_bad(check):
     done, files = check({}, POSTNAS_PREFLIGHT_COMMAND="sleep 15; true", POSTNAS_PREFLIGHT_TIMEOUT="1")
     assert done.returncode == 1
-    assert files == {"n1.bad": "site check has not ended after 1 seconds"}
+    assert list(files) == ["n1.bad"]
+    assert re.fullmatch(r"site check has not ended after \d+ seconds", files["n1.bad"])
 
 
 def test_another_megatron_is_nobody_s_fault(check):
@@ -81,3 +87,25 @@ def test_triton_on_hopper(check):
 def test_triton_where_it_does_not_matter(check, kernels, capability):
     done, _ = check({"triton": "3.6.0"}, capability, JET_KERNELS=kernels)
     assert done.returncode == 0, done.stderr
+
+
+def test_gpus_that_torch_does_not_see(check):
+    """nvidia-smi is well: a torch built for CPUs, or CUDA_VISIBLE_DEVICES of the login node."""
+    done, files = check({}, "9.0", seen=0, JET_KERNELS="reference")
+    assert done.returncode == 2
+    expected = "torch 2.11.0+cpu sees 0 of 1 GPUs: a CPU build, the driver, or CUDA_VISIBLE_DEVICES"
+    assert files["all.unfit"] == expected and "n1.bad" not in files
+
+
+@pytest.mark.parametrize("version, word", [("2.9.0", "2.9.0 is older than 2.11: slow path"), ("2.12.0+a", "")])
+def test_slow_modules_are_said(check, version, word):
+    done, _ = check({"transformer-engine": version}, "10.0")
+    assert done.returncode == 0, done.stderr
+    assert word in done.stdout and ("slow path" in done.stdout) == bool(word)
+
+
+@pytest.mark.parametrize("capability", [None, "10.0"])
+def test_torch_that_is_too_old(check, capability):
+    done, files = check({"torch": "2.8.0a0+x"}, capability)
+    assert done.returncode == 2
+    assert files["all.unfit"] == "torch 2.8.0a0+x is installed, 2.9 or newer is needed"

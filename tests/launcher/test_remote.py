@@ -11,7 +11,7 @@ import pytest
 
 from jet_launcher.cli import main
 from jet_launcher.clusters import ssh_tunnel
-from jet_launcher.remote import RemoteRun, _send, push_code, ssh_command
+from jet_launcher.remote import RemoteRun, _expanded, _send, push_code, ssh_command
 from megatron_jet.configs.cluster import TunnelConfig
 from megatron_jet.configs.errors import UserError
 
@@ -118,3 +118,33 @@ def test_inputs_are_for_their_owner_alone(login):
 def test_job_dir_is_needed(login, tmp_path):
     (tmp_path / "far.yaml").write_text("tunnel: {kind: ssh, host: login}\n")
     assert main(["run", "jet_nemotron_2b", "--cluster", str(tmp_path / "far.yaml"), "--dryrun"]) == 2
+
+
+NOISE = {
+    "profile": (".bash_profile", "echo Welcome to Example HPC; echo"),
+    "without_a_line_break": (".bash_profile", "printf 'quota: 3 GB '"),
+    "path_like": (".bash_profile", "echo /scratch/me"),
+    "bashrc": (".bash_profile", '. ~/.bashrc 2> /dev/null; echo \'{"module": "loaded"}\''),
+}
+
+
+@pytest.mark.parametrize("case", NOISE)
+def test_what_start_up_files_print_is_nobody_s_answer(login, checkout, capfd, case):
+    name, line = NOISE[case]
+    (login / name).write_text(line + "\n")
+    assert _expanded(TUNNEL, "${HOME}/runs/") == f"{login}/runs"
+    code = push_code(TUNNEL, checkout)
+    assert Path(code).is_relative_to(login / ".cache")
+    capfd.readouterr()
+    assert RemoteRun(TUNNEL, "/r", code).forward("status", "--json") == 3
+    assert capfd.readouterr().out == "here status /r --json\n"
+
+
+@pytest.mark.parametrize("path", ["runs", "${HOME}/../x/${EMPTY}"])
+def test_path_over_there_must_be_absolute(login, monkeypatch, path):
+    monkeypatch.setenv("EMPTY", "a\nb")
+    with pytest.raises(UserError, match=r"^login: .* is no absolute path there \("):
+        _expanded(TUNNEL, path)
+    (login / ".bash_profile").write_text("exec true\n")
+    with pytest.raises(UserError, match=r"is no absolute path there \(nothing was printed\)"):
+        _expanded(TUNNEL, "${HOME}/runs")

@@ -78,21 +78,55 @@ def test_status_and_list_say_so_and_show_what_files_tell(run, say):
 
 def test_waiting_outlasts_silence(run, capsys):
     run.slurm.steer(silent="")
+    _Lines.all.clear()
     codes = []
     thread = threading.Thread(target=lambda: codes.append(wait_for(RunDirectory(run.run), _Lines(), 0.05)))
     thread.start()
-    thread.join(0.6)
+    deadline = time.monotonic() + 200
+    while not any("does not answer" in line for line in _Lines.all):
+        assert thread.is_alive() and time.monotonic() < deadline
+        time.sleep(0.02)
+    thread.join(0.2)
     assert thread.is_alive(), "silence is no end"
     run.slurm.relent("silent")
-    thread.join(0.6)
+    thread.join(0.2)
     assert thread.is_alive(), "the job still runs"
     (run.run / "stages" / "stage1").mkdir(parents=True, exist_ok=True)
     (run.run / "stages" / "stage1" / "result.json").write_text("{}")
     run.slurm.add("11", "COMPLETED")
-    thread.join(20)
+    thread.join(200)
     assert codes == [0]
     said = [line for line in _Lines.all if "does not answer" in line]
     assert len(said) == 1 and "; still waiting" in said[0]
+
+
+def test_waiting_says_that_a_job_is_held(run, capsys, monkeypatch):
+    run.slurm.add("11", "PENDING", "launch failed requeued held")
+    polls = iter(range(3))
+
+    def let_go(seconds):
+        if next(polls) == 1:
+            run.slurm.add("11", "CANCELLED")
+
+    clock = SimpleNamespace(sleep=let_go, strftime=time.strftime)  # its own: subprocess sleeps, too
+    monkeypatch.setattr(launch, "time", clock)
+    assert wait_for(RunDirectory(run.run), _Lines(), 0.05) == 1
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert warnings == [
+        "warning: stage1 (job 11) waits for launch failed requeued held: Slurm holds it (a node failed to launch it); "
+        "`scontrol release 11`"
+    ]
+
+
+def test_log_of_the_newest_attempt_that_wrote_something_is_shown(run, say):
+    """On a full disk, logs are made and stay empty."""
+    logs = run.run / "stages" / "stage1" / "logs"
+    (logs / "stage1.11.0.n1.log").write_text("OSError: No space left on device\n")
+    (logs / "stage1.11.1.n1.log").touch()
+    attempts = run.run / "cluster" / "attempts"
+    attempts.mkdir(parents=True)
+    (attempts / "stage1.log").write_text("1 start 11 0 0-0 1 n1\n2 start 11 1 0-0 1 n1\n")
+    assert say("logs", "a", "stage1")[1] == "OSError: No space left on device\n"
 
 
 class _Lines:

@@ -68,7 +68,7 @@ def views_of(tmp_path, monkeypatch):
     run = RunDirectory(tmp_path)
 
     def views(*slurm: SlurmJob):
-        monkeypatch.setattr(overview, "query_jobs", lambda ids: {job.job_id: job for job in slurm})
+        monkeypatch.setattr(overview, "query_jobs", lambda ids, since=None: {job.job_id: job for job in slurm})
         return job_views(run, record)
 
     views.path = tmp_path
@@ -156,7 +156,7 @@ def test_later_submission_replaces_a_job_and_its_hours_add_up(tmp_path, monkeypa
     record = ClusterRecord("c", ClusterConfig(), [{"experiment": "e_1", "nemorun_home": "/h", "jobs": r} for r in rows])
     assert [(entry.job.name, entry.job_id) for entry in record.jobs] == [("stage1", "5")]
     said = {i: SlurmJob(i, "done", node_seconds=1800.0) for i in ("1", "5")}
-    monkeypatch.setattr(overview, "query_jobs", lambda ids: said)
+    monkeypatch.setattr(overview, "query_jobs", lambda ids, since=None: said)
     assert job_views(RunDirectory(tmp_path), record)[0].gpu_hours == 8.0
 
 
@@ -169,3 +169,72 @@ def test_candidates_stand_before_the_job_that_ranks_them():
     names = [entry.job.name for entry in ClusterRecord("c", ClusterConfig(), submissions).jobs]
     assert names == ["block_selection-jet", "block_selection", "stage1"]
     assert isinstance(ClusterRecord("c", ClusterConfig(), submissions).jobs[0].job, Job)
+
+
+@pytest.mark.parametrize(
+    "word, reason, said",
+    [
+        ("PENDING", "launch failed requeued held", "Slurm holds it (a node failed to launch it); `scontrol release 1`"),
+        ("PENDING", "job requeued in held state", "`scontrol release 1`"),
+        ("PENDING", "JobHeldUser", "`scontrol release 1`"),
+        ("PENDING", "JobHoldMaxRequeue", "`scontrol release 1`"),
+        ("REQUEUE_HOLD", "BeginTime", "`scontrol release 1`"),
+        ("PENDING", "JobHeldAdmin", "held by an administrator"),
+    ],
+)
+def test_held_job_says_how_to_go_on_and_promises_no_start(views_of, word, reason, said):
+    held = parse_squeue(f"1|{word}|{reason}||2026-11-27T21:35:54")["1"]
+    note = views_of(held, SlurmJob("2", "pending"), SlurmJob("3", "pending"))[0].note
+    assert said in note and "expected" not in note
+    assert (
+        "expected"
+        in views_of(
+            parse_squeue("1|PENDING|Priority||2026-11-27T21:35:54")["1"],
+            SlurmJob("2", "pending"),
+            SlurmJob("3", "pending"),
+        )[0].note
+    )
+
+
+def test_held_job_of_a_named_cluster():
+    assert overview.stuck_reason(SlurmJob("7;gpu", "pending", "PENDING", "JobHeldUser")).endswith(
+        "`scontrol -M gpu release 7`"
+    )
+
+
+def test_progress_of_the_last_attempt_is_not_shown_for_the_next(views_of):
+    """Its preflight may take minutes."""
+    status = {"state": "running", "step": 35, "total_steps": 400, "losses": {"kl": 0.5}, "measured": {"seconds": 10}}
+    status |= {"first_step": 0, "first_step_at": 900, "updated": "1970-01-01T00:16:40+00:00"}  # 1000
+    file = views_of.path / "stages" / "stage1" / "status.json"
+    write_json(file, status)
+    others = (SlurmJob("2", "pending"), SlurmJob("3", "pending"))
+
+    def row() -> str:
+        views = views_of(SlurmJob("1", "running", "RUNNING", "", "n1"), *others)
+        assert views[0].to_dict()["progress"]["step"] in (0, 36)
+        return next(line for line in views_text(views).splitlines() if line.startswith("stage1"))
+
+    attempt(views_of.path, "stage1", "800 start 1 0 0-0 2 n1", "1001 start 1 1 0-0 2 n1")
+    assert row().endswith("  starting (was at step 35/400)")
+    (views_of.path / "cluster" / "preflight" / "1.1").mkdir(parents=True)
+    assert row().endswith("  preflight (was at step 35/400)")
+    (file.parent / "logs").mkdir()
+    (file.parent / "logs" / "stage1.1.1.n1.log").touch()
+    assert row().endswith("  starting (was at step 35/400)")
+    write_json(file, {**status, "step": 36, "updated": "1970-01-01T00:16:42+00:00"})
+    assert "step 36/400" in row() and "was at" not in row()
+
+
+def test_lines_that_a_full_disk_has_cut_are_passed_over(views_of):
+    attempt(views_of.path, "stage1", "1 start 1 0 0-0 2 n1", "2 end 1", "3x end 1 0 0-0 1 x", "4 end 1 y 0-0 1 x")
+    views = views_of(SlurmJob("1", "failed", "TIMEOUT"), SlurmJob("2", "cancelled"), SlurmJob("3", "cancelled"))
+    assert views[0].note == "TIMEOUT"
+
+
+def test_time_limit_in_set_up_is_named(views_of):
+    attempt(views_of.path, "stage1", "1 start 1 0 0-0 2 n1", "2 limit 1 0 0-0 75 the time limit came in set-up")
+    others = (SlurmJob("2", "pending"), SlurmJob("3", "pending"))
+    assert views_of(SlurmJob("1", "failed", "TIMEOUT"), *others)[0].note == "the time limit came in set-up"
+    waiting = views_of(SlurmJob("1", "pending", "PENDING", "BeginTime"), *others)
+    assert waiting[0].note == "waits to go on after: the time limit came in set-up (BeginTime)"

@@ -8,10 +8,10 @@ import pytest
 
 from jet_launcher.cli import main
 from jet_launcher.cluster_launch import cluster_of
-from megatron_jet.configs.lock import exclusive
 from jet_launcher.run_directory import RunDirectory
 from jet_launcher.slurm.launch import Target
 from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.lock import exclusive
 
 
 def test_refused_third_job_takes_the_others_back_and_resume_goes_to_the_cluster_again(place):
@@ -61,7 +61,8 @@ def test_interrupted_submission_leaves_nothing_behind(place, number):
         time.sleep(0.01)
     assert [row["job_id"] for row in place.record["submissions"][0]["jobs"]] == ["11"], "known as soon as it is taken"
     os.killpg(process.pid, number)
-    _, err = process.communicate(timeout=60)
+    place.slurm.steer(go="")
+    _, err = process.communicate(timeout=250)
     assert process.returncode == 75
     assert err.splitlines()[-1] == "error: submission failed: interrupted; 2 jobs were taken back"
     assert place.slurm.states() == {"11": "CANCELLED", "12": "CANCELLED"}, "no third one"

@@ -43,7 +43,8 @@ def undisturbed(root, pool):
 def open_run(root, name):
     config = miniature.config(root)
     two = config.block_selection.replace(candidates=("gla", "gated_delta_net"))
-    return miniature.open_run(root, name, block_selection=two, stages=tuple(STAGES))
+    declared = config.placement.replace(comparison="declared")
+    return miniature.open_run(root, name, placement=declared, block_selection=two, stages=tuple(STAGES))
 
 
 def results(run) -> dict:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from megatron_jet.configs.recipes.tiny import tiny
 from megatron_jet.configs.results import CandidateResult, Measured, Scores
 from megatron_jet.configs.stages import ThroughputConfig
 from megatron_jet.postnas.ranking import mean_accuracy, rank_by_accuracy, rank_within_throughput
@@ -65,6 +66,19 @@ def test_analytic_mode_reads_no_clock():
     rows = [candidate("a", 0.5, 1, analytic=100), candidate("b", 0.9, 100, analytic=50)]
     assert rank_within_throughput(rows, MEASURED.replace(mode="analytic")).winner == "a"
     assert rank_within_throughput(rows, MEASURED).winner == "b"
+
+
+@pytest.mark.parametrize("clock", [(3, 2, 1), (1, 3, 2), (2, 1, 3)])
+def test_the_tiny_search_chooses_the_same_in_a_slow_spell(clock):
+    """Timings of one machine at three hours, each with another order of the sizes."""
+    rows = [
+        candidate(name, accuracy, 100.0 * speed, analytic=analytic)
+        for name, accuracy, analytic, speed in zip("abc", (0.90, 0.80, 0.95), (99.0, 100.0, 90.0), clock)
+    ]
+    settings = tiny().hardware_search.throughput.replace(contexts=(256,))
+    ranking = rank_within_throughput(rows, settings)
+    assert (ranking.order, ranking.pareto) == (["a", "b", "c"], ["b", "a", "c"])
+    assert "of the best analytic generation throughput" in ranking.rule
 
 
 def test_front_leaves_out_what_is_beaten_in_both():

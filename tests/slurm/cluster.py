@@ -103,8 +103,8 @@ class Cluster:
     gpus: int = 2
     netns: bool = False
     accounting: bool = True
-    kill_wait: int = 8
-    grace: int = 6
+    kill_wait: int = 20
+    grace: int = 30
     message_timeout: int = 20
     _ports: dict[str, int] = field(default_factory=dict)
 
@@ -135,7 +135,7 @@ class Cluster:
             self._spawn("slurmctld", ["slurmctld", "-D"])
             for i in self._range:
                 self._spawn(f"slurmd-n{i}", self._node_command(i))
-            self._wait(self._all_idle, 40, "nodes did not become idle")
+            self._wait(self._all_idle, 240, "nodes did not become idle")
         except BaseException:
             self.stop()
             raise
@@ -222,7 +222,7 @@ class Cluster:
         files = {"socket": "socket", "key-file": "key", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
         options = [f"--{option}={munge / name}" for option, name in files.items()]
         self._spawn("munged", ["munged", "--foreground", "--force", "--num-threads=4", *options])
-        self._wait((munge / "socket").exists, 10, "munged did not start")
+        self._wait((munge / "socket").exists, 120, "munged did not start")
 
     def _make_namespaces(self) -> None:
         lines = [f"{self._host_address} {socket.gethostname()}", "127.0.0.1 localhost"]
@@ -271,7 +271,7 @@ class Cluster:
         ]
         self._spawn("mariadbd", ["mariadbd", *common, "--skip-networking", f"--socket={data}/sock", *small])
         client = ["mariadb", "--no-defaults", "-S", f"{data}/sock", "-u", "root", "-e"]
-        self._wait(lambda: _works([*client, "select 1"]), 40, "mariadbd did not start")
+        self._wait(lambda: _works([*client, "select 1"]), 240, "mariadbd did not start")
         subprocess.run([*client, "create database slurm_acct_db"], check=True, capture_output=True)
 
     def _start_accounting(self) -> None:
@@ -295,9 +295,9 @@ CommitDelay=1
         config.chmod(0o600)
         # slurmdbd.conf has no option for the socket of a private MariaDB; its client library reads this variable.
         self._spawn("slurmdbd", ["slurmdbd", "-D"], MYSQL_UNIX_PORT=f"{self.prefix}/mysql/sock")
-        self._wait(lambda: _works(["sacctmgr", "-n", "list", "cluster"]), 40, "slurmdbd did not start")
+        self._wait(lambda: _works(["sacctmgr", "-n", "list", "cluster"]), 240, "slurmdbd did not start")
         for entity in ("cluster virt", "account test Description=test Organization=test", "user root Account=test"):
-            subprocess.run(["sacctmgr", "-i", "-Q", "add", *entity.split()], capture_output=True, timeout=20)
+            subprocess.run(["sacctmgr", "-i", "-Q", "add", *entity.split()], capture_output=True, timeout=240)
 
     def _write_config(self) -> None:
         etc = self.prefix / "etc"
@@ -383,7 +383,7 @@ PartitionName=urgent Nodes=ALL State=UP PriorityTier=20 PreemptMode=OFF
 
 def _works(command: list[str]) -> bool:
     try:
-        return subprocess.run(command, capture_output=True, timeout=10).returncode == 0
+        return subprocess.run(command, capture_output=True, timeout=60).returncode == 0
     except subprocess.TimeoutExpired:
         return False
 

@@ -10,9 +10,9 @@ if [ "$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then
 fi
 [ $# -gt 0 ] || set -- tests/slurm
 prefix=$(mktemp -d /tmp/slurm-test.XXXXXX)
-# Jobs mostly wait, so more tests than cores run at a time.
+# Jobs mostly wait, so more tests than cores run at a time. -v: a line with the share done for every test that ends.
 "$python" tests/slurm/cluster.py "$prefix" --nodes 8 -- \
-    "$python" -m pytest -m slurm --confcutdir tests/slurm -n 4 --dist worksteal --durations=8 \
+    "$python" -m pytest -m slurm --confcutdir tests/slurm -n 4 --dist worksteal --durations=8 -v \
     --basetemp "$prefix/runs" "$@"
 code=$?
 if [ "$code" = 0 ]; then rm -rf "$prefix"; else echo "logs and runs are in $prefix" >&2; fi

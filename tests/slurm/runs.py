@@ -19,7 +19,7 @@ from megatron_jet.configs.files import read_json, write_json
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 POSTNAS = (sys.executable, str(ROOT / "launcher" / "postnas.py"))
-PATIENCE = 240.0  # seconds; the machine may be busy
+PATIENCE = 300.0  # seconds without any change; the machine may be busy
 # All that the launcher looks at; the stand-in loads no weights.
 TEACHER = {
     "model_type": "qwen2",
@@ -73,9 +73,12 @@ class Run:
         return {view.job.name: view for view in job_views(directory, record)}
 
     def until(self, condition, what: str, patience: float = PATIENCE) -> dict[str, JobView]:
-        """Wait until `condition(views)` holds."""
-        deadline = time.monotonic() + patience
+        """Wait until `condition(views)` holds, for as long as something changes now and then."""
+        before, deadline = None, 0.0
         while not condition(views := self.views()):
+            now = [(name, v.slurm.word, v.restarts, v.status.step, v.slurm.reason) for name, v in views.items()]
+            if now != before:
+                before, deadline = now, time.monotonic() + patience
             if time.monotonic() > deadline:
                 pytest.fail(f"{what}: " + "; ".join(f"{n} {v.state} {v.slurm.word} {v.note}" for n, v in views.items()))
             time.sleep(0.5)
@@ -93,6 +96,10 @@ class Run:
             return view.state == "running" and view.status.state == "running" and view.status.step >= step
 
         return self.until(there, f"{name} did not reach step {step}")[name]
+
+    def let_go(self) -> None:
+        """Let jobs that hold take their last steps."""
+        (self.path / "release").touch()
 
     def result(self, target: str) -> int:
         """What the stand-in computed."""
@@ -169,7 +176,7 @@ class Submitter:
             if not (run.path / "cluster" / "experiment.json").exists():
                 continue
             run.launcher("cancel", str(run.path), check=False)
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 120
             while run.processes() and time.monotonic() < deadline:
                 time.sleep(0.2)
             assert not run.processes(), f"{run.path.name} left processes behind"
@@ -185,4 +192,4 @@ def expected(steps: int) -> int:
 
 def slurm_command(*command: str) -> str:
     """Output of a Slurm command."""
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout

@@ -6,7 +6,7 @@ out or done by half shows. STAND_IN says how targets behave, `target=behaviour` 
     crash@K       exits 1 at step K, always
     crash_once@K  exits 1 at step K the first time
     kill@K        the last process kills itself with SIGKILL at step K the first time
-    deaf          does not hear SIGUSR1
+    deaf          does not hear SIGUSR1, and holds as below
     long          takes 400 steps
     hold          takes no last step before the run directory has a file `release`
     usage         exits 2
@@ -23,7 +23,7 @@ from megatron_jet.configs.files import read_json, write_json
 STEP_SECONDS = float(os.environ.get("STAND_IN_STEP_SECONDS", "0.2"))
 SAVE_SECONDS = float(os.environ.get("STAND_IN_SAVE_SECONDS", "1"))
 CHECKPOINT_EVERY = 5
-LOST_SECONDS = 8.0  # a process that waits this long for another one gives up, as a collective does
+LOST_SECONDS = 30.0  # a process that waits this long for another one gives up, as a collective does
 
 
 class Worker:
@@ -59,7 +59,11 @@ class Worker:
         while step < self.steps:
             self._misbehave(step)
             time.sleep(STEP_SECONDS)
-            if self.behaviour == "hold" and step == self.steps - 1 and not (self.release.exists() or self.stopped_by):
+            if (
+                self.behaviour in ("hold", "deaf")
+                and step == self.steps - 1
+                and not (self.release.exists() or self.stopped_by)
+            ):
                 continue
             step, value = step + 1, (value * 1103515245 + 12345) % 2**31
             stop = self._agree_to_stop(step)

@@ -7,30 +7,31 @@ import pytest
 
 from slurm.runs import expected, slurm_command
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 # prepare comes along with every stage; the stand-in is quick.
 TWO_NODES = ("stage1.resources.nodes=2", "nproc=2", "stage1.training.micro_batch_size=2")
 LONG = 400
 
 
 def test_early_warning_saves_requeues_and_resumes_until_done(submit):
-    run = submit(
-        "stage1", {"stage1": "long"}, TWO_NODES, time_limit="00:01:40", early_warning_seconds=60,
-        env={"STAND_IN_STEP_SECONDS": "0.15"},
-    )  # fmt: skip
-    views = run.until_over(patience=480)
+    run = submit("stage1", {"stage1": "hold"}, TWO_NODES, time_limit="00:01:40", early_warning_seconds=60)
+    run.until(lambda v: v["stage1"].restarts > 0, "no early warning")
+    run.let_go()
+    views = run.until_over()
     assert views["stage1"].state == "done"
-    assert run.result("stage1") == expected(LONG)
+    assert run.result("stage1") == expected(12)
     assert "end 75" in run.events("stage1")
     assert run.events("stage1")[-1] == "end 0"
 
 
 def test_job_that_misses_the_warning_is_queued_again_before_the_time_limit_ends_it(submit):
-    run = submit("stage1", {"stage1": "deaf"}, time_limit="00:01:00", early_warning_seconds=30,
-                 env={"STAND_IN_STEPS": "240"})  # fmt: skip
-    views = run.until_over(patience=480)
+    run = submit("stage1", {"stage1": "deaf"}, time_limit="00:01:00", early_warning_seconds=30)
+    run.until(lambda v: v["stage1"].restarts > 0, "not queued again")
+    run.let_go()
+    views = run.until_over()
     assert views["stage1"].state == "done"
-    assert run.result("stage1") == expected(240)
+    assert run.result("stage1") == expected(12)
+    assert "the time limit came in the stage" in run.attempts("stage1")
     assert "TIMEOUT" not in slurm_command("sacct", "-nXPD", "-j", views["stage1"].job_id, "-o", "State")
 
 
@@ -40,7 +41,7 @@ def test_requeue_by_an_administrator_resumes_and_logs_follow(submit):
     follower = run.start("logs", str(run.path), "stage1", "-f")
     slurm_command("scontrol", "requeue", job.job_id)
     views = run.until_over()
-    out, err = follower.communicate(timeout=60)
+    out, err = follower.communicate(timeout=600)
     starts = {
         line.rpartition("starts at step ")[2].split()[0] for line in out.splitlines() if "rank 0/4 starts" in line
     }

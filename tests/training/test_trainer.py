@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.signals import Interrupted
 from megatron_jet.configs.training import LossConfig, ParallelConfig
 from megatron_jet.model.state import gather_tensors
 from megatron_jet.training import checkpoint_folder
 from megatron_jet.training.checkpoint import load_model
 from megatron_jet.training.job import TrainJob, TrainResult
 from megatron_jet.training.metrics import MetricsLog
-from megatron_jet.configs.signals import Interrupted
 from training.training_cases import ONE, built, job, run_job, supernet, write_models
 
 TP2, PP2 = ParallelConfig(tensor=2), ParallelConfig(pipeline=2)

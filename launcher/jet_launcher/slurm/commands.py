@@ -9,6 +9,7 @@ from typing import TextIO
 from jet_launcher.exit_codes import DONE
 from jet_launcher.run_directory import RunDirectory
 from jet_launcher.slurm import state as slurm
+from jet_launcher.slurm.ask import number_of
 from jet_launcher.slurm.overview import JobView, hours_text, read_attempts, run_word, shown_views, views_text
 from jet_launcher.slurm.record import ClusterRecord
 from jet_launcher.usage import UsageError
@@ -44,7 +45,7 @@ def cluster_cancel(run: RunDirectory, record: ClusterRecord) -> int:
     Raises:
         UserError: Slurm does not answer or refuses, or a job does not end.
     """
-    states = slurm.query_jobs(record.all_job_ids)
+    states = slurm.query_jobs(record.all_job_ids, record.since)
     live = [job_id for job_id, job in states.items() if job.live]
     if not live:
         print(f"{run.id} has no jobs in the queue")
@@ -109,14 +110,15 @@ def cluster_logs(run: RunDirectory, record: ClusterRecord, name: str | None, fol
 
 
 def log_files(run: RunDirectory, record: ClusterRecord, view: JobView) -> list[Path]:
-    """Logs of a job's newest attempt, one per node; before there is one, those of preflight and batch script."""
-    folder = run.stage(view.job.stage) / "logs"
+    """Logs of a job's newest attempt that wrote something, one per node; before there is one, those of preflight and
+    batch script."""
+    folder, number = run.stage(view.job.stage) / "logs", number_of(view.job_id)
     attempts = read_attempts(run, view.job.name, view.job_id)
     for restart in sorted({attempt.restart for attempt in attempts}, reverse=True):
-        found = sorted(folder.glob(f"{view.job.name}.{view.job_id}.{restart}.*.log"))
-        if found:
+        found = sorted(folder.glob(f"{view.job.name}.{number}.{restart}.*.log"))
+        if any(path.stat().st_size for path in found):  # on a full disk they are made and stay empty
             return found
-    preflight = sorted((run.path / "cluster" / "preflight").glob(f"{view.job_id}.*/log.txt"))
+    preflight = sorted((run.path / "cluster" / "preflight").glob(f"{number}.*/log.txt"))
     batch = record.batch_log(run, view.job, view.job_id)
     return [*preflight[-1:], *([batch] if batch.is_file() else [])]
 

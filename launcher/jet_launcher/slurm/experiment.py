@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 from jet_launcher.signals import caught_signals
+from jet_launcher.slurm.ask import no_id, number_of, scheduler_environment, submitted_id
 from jet_launcher.slurm.graph import Job, JobGraph
 from jet_launcher.slurm.scripts import (
     JobPlace,
@@ -60,13 +61,14 @@ def submit(
         experiment, log = _experiment(run, graph, cluster, place, title, waits_for)
         taken = Taken(experiment._id, nemo_home(), keep, interrupts)
         try:
-            with log, experiment:
+            with log, experiment, _read_answers(run) as job_ids:
                 _add_jobs(run, experiment, graph, cluster, place, waits_for)
-                _tell(experiment, taken)
+                _tell(experiment, taken, job_ids)
                 experiment.run(detach=True)
             taken.check()
         except BaseException as error:
-            left = taken.take_back(Path(experiment._exp_dir))
+            scripts = f"{experiment._exp_dir}/"
+            left = taken.take_back(lambda command: command.startswith(scripts), cluster.clusters or "")
             kind = Interrupted if isinstance(error, Interrupted) else UserError
             raise kind(f"submission failed: {_reason(error)}; {left}") from None
         return taken.submitted
@@ -168,17 +170,44 @@ def _add_jobs(run, experiment, graph: JobGraph, cluster: ClusterConfig, place: J
         )
 
 
-def _tell(experiment, taken: Taken) -> None:
+def _tell(experiment, taken: Taken, job_ids: Mapping[str, str]) -> None:
     """Let `taken` know every job as soon as Slurm has it: NeMo-Run's experiment tells at the end only."""
     start = experiment._runner.run
 
     def started(*arguments, cfg, **options):
         with taken.one_more() as add:
             handle = start(*arguments, cfg=cfg, **options)
-            add(cfg.job_name, handle.partition("://")[2].split("/")[1])
+            add(cfg.job_name, job_ids[handle.partition("://")[2].split("/")[1]])
         return handle
 
     experiment._runner.run = started
+
+
+@contextlib.contextmanager
+def _read_answers(run: ModuleType) -> Iterator[dict[str, str]]:
+    """Gives the IDs of the jobs submitted meanwhile, by their number.
+
+    NeMo-Run takes all that sbatch prints for the number, and hands it to the shell with the next job. Here it gets the
+    number alone, or an error before anything else is submitted.
+    """
+    job_ids: dict[str, str] = {}
+    call = run.LocalTunnel.run
+
+    def checked(tunnel, command: str, *arguments, **options):
+        result = call(tunnel, command, *arguments, **options)
+        if command.split(maxsplit=1)[0] == "sbatch":
+            job_id = submitted_id(result.stdout)
+            if job_id is None:
+                raise UserError(no_id(result.stdout))
+            result.stdout = number_of(job_id)
+            job_ids[result.stdout] = job_id
+        return result
+
+    run.LocalTunnel.run = checked
+    try:
+        yield job_ids
+    finally:
+        run.LocalTunnel.run = call
 
 
 def _say_stopping() -> None:
@@ -210,19 +239,3 @@ def _nemo_run(home: Path) -> Iterator[ModuleType]:
             os.environ.pop("NEMORUN_HOME")
         else:
             os.environ["NEMORUN_HOME"] = before
-
-
-@contextlib.contextmanager
-def scheduler_environment() -> Iterator[None]:
-    """Without the variables that override sbatch options or tell a job it is part of another one."""
-    hidden = {
-        key: value
-        for key, value in os.environ.items()
-        if key.startswith(("SBATCH_", "SRUN_", "POSTNAS_")) or (key.startswith("SLURM_") and key != "SLURM_CONF")
-    }
-    for key in hidden:
-        del os.environ[key]
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)

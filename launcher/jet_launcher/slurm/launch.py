@@ -12,12 +12,13 @@ from jet_launcher.exit_codes import DONE, FAILED, INTERRUPTED
 from jet_launcher.provenance import record_launch
 from jet_launcher.run_directory import RunDirectory
 from jet_launcher.slurm import state as slurm
+from jet_launcher.slurm.ask import number_of
 from jet_launcher.slurm.experiment import batch_scripts, submit
 from jet_launcher.slurm.graph import JobGraph, build_graph, graph_text
 from jet_launcher.slurm.overview import JobView, finished, run_word, shown_views, stuck_reason, views_text
 from jet_launcher.slurm.package import ship_code
 from jet_launcher.slurm.record import ClusterRecord, SubmissionLog, read_record
-from jet_launcher.slurm.scripts import JobPlace, default_python, step_script
+from jet_launcher.slurm.scripts import JobPlace, check_mounts, default_python, step_script
 from jet_launcher.slurm.taken import Submitted
 from megatron_jet.configs.cluster import ClusterConfig
 from megatron_jet.configs.errors import UserError
@@ -40,7 +41,23 @@ class Target:
 def job_place(run: RunDirectory, cluster: ClusterConfig, code: Path) -> JobPlace:
     """Paths of a submission from here."""
     worker = os.environ.get("JET_WORKER", JobPlace.worker)
-    return JobPlace(run.path.resolve(), code, Path.cwd(), default_python(cluster, sys.executable), worker)
+    return JobPlace(node_path(run), code, working_directory(), default_python(cluster, sys.executable), worker)
+
+
+def working_directory() -> Path:
+    """The current directory as the shell shows it: links lead elsewhere on some nodes."""
+    shown = Path(os.environ.get("PWD", ""))
+    try:
+        return shown if shown.is_absolute() and shown.samefile(Path.cwd()) else Path.cwd()
+    except OSError:
+        return Path.cwd()
+
+
+def node_path(run: RunDirectory) -> Path:
+    """The run directory as nodes get it: with links as they were written, but for the one that `run` makes in runs/."""
+    path = working_directory() / run.path
+    target = Path(os.readlink(path)) if path.is_symlink() else path
+    return target if target.is_absolute() and target.name == path.name else path
 
 
 def submit_run(
@@ -65,6 +82,7 @@ def submit_run(
 def _submit_missing(
     run: RunDirectory, config: RunConfig, stages: tuple[str, ...], graph: JobGraph, target: Target, stream: TextIO
 ) -> ClusterRecord:
+    check_mounts(config, target.cluster)
     record = read_record(run)
     live = live_jobs(record)
     missing = graph.without([job.name for job in graph.jobs if finished(run, job) or job.name in live])
@@ -77,10 +95,11 @@ def _submit_missing(
     for note in graph.notes:
         print(f"note: {note}", file=stream)
     waits_for = {
-        job.name: [live[name] for name in graph_job(graph, job.name).depends if name in live] for job in missing.jobs
+        job.name: [number_of(live[name]) for name in graph_job(graph, job.name).depends if name in live]
+        for job in missing.jobs
     }
     record_launch(run, config, stages)
-    code = ship_code(ROOT, run.path.resolve())
+    code = ship_code(ROOT, node_path(run))
     place = job_place(run, target.cluster, code.path)
     log = SubmissionLog(run, target.name, target.cluster, missing, place, code)
     submitted = submit(missing, target.cluster, place, run.id, {k: v for k, v in waits_for.items() if v}, log.keep)
@@ -110,7 +129,7 @@ def live_jobs(record: ClusterRecord | None) -> dict[str, str]:
     """IDs of this run's jobs that wait or run, by name. Raises NoAnswer when squeue fails."""
     if record is None:
         return {}
-    states = slurm.query_jobs(record.all_job_ids)
+    states = slurm.query_jobs(record.all_job_ids, record.since)
     rows = [row for submission in record.submissions for row in submission["jobs"]]
     return {row["job"]["name"]: row["job_id"] for row in rows if states[row["job_id"]].live}
 
@@ -169,6 +188,12 @@ def conclude(run: RunDirectory, views: list[JobView], stream: TextIO) -> int:
 
 def _say_changes(views: list[JobView], said: dict[str, tuple[str, int]], stream: TextIO) -> None:
     for view in views:
+        stuck = stuck_reason(view.slurm)
+        if stuck and said.get(f"{view.job.name} stuck") != (stuck, 0):
+            print(
+                f"warning: {view.job.name} (job {view.job_id}) waits for {view.slurm.reason}: {stuck}", file=sys.stderr
+            )
+        said[f"{view.job.name} stuck"] = (stuck, 0)
         key = (view.state, view.restarts)
         if said.get(view.job.name) != key and not (view.job.name not in said and view.state == slurm.PENDING):
             again = f" (restart {view.restarts})" if view.restarts else ""
@@ -194,7 +219,7 @@ def dry_run(
     """Print the graph and every script. Nothing is written, no Slurm is needed."""
     graph = build_graph(config, teacher, stages, target.cluster)
     todo = graph.without([job.name for job in graph.jobs if finished(run, job)])
-    place = job_place(run, target.cluster, run.path.resolve() / "code" / "<hash>")
+    place = job_place(run, target.cluster, node_path(run) / "code" / "<hash>")
     scripts = batch_scripts(todo, target.cluster, place, run.id) if todo.jobs else {}
     if as_json:
         plan = {

@@ -1,11 +1,13 @@
 """The jobs of a run as a user wants to see them: Slurm's word, the stage's own progress, and why a job did not run."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from jet_launcher.progress import describe
 from jet_launcher.run_directory import RunDirectory
+from jet_launcher.slurm.ask import number_of, release_words
 from jet_launcher.slurm.graph import Job
 from jet_launcher.slurm.record import ClusterRecord
 from jet_launcher.slurm.state import (
@@ -31,27 +33,34 @@ _STUCK = {
     "PartitionTimeLimit": f"time_limit {_BEYOND}",
     "PartitionNodeLimit": f"nodes {_BEYOND}",
     "BadConstraints": "no node fits constraint, exclude and the sbatch options",
-    "JobHeldUser": "held by its owner; scontrol release lets it go",
     "JobHeldAdmin": "held by an administrator",
     "InvalidAccount": "account is not known to Slurm",
     "InvalidQOS": "qos is not known to Slurm",
 }
+_HELD = ("REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 _LIMIT = "a limit of your account or QOS, reached for now or too low for this job"
+
+
+# Of a status.json that an earlier attempt has left.
+_NO_PROGRESS = {"state": "pending", "phase": "", "step": 0, "total_steps": 0, "losses": {}, "tokens_per_second": None}
+_NO_PROGRESS |= {"first_step": 0, "first_step_at": None}
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """The newest event of a job in cluster/attempts/: start, end, preflight or failed.
+    """An event of a job in cluster/attempts/: start, end, limit, preflight or failed.
 
     Attributes:
         restart: how often the job had been queued again by then.
         text: nodes for a start, else exit code and reason.
+        time: Unix seconds.
     """
 
     event: str
     job_id: str
     restart: int
     text: str
+    time: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -105,7 +114,7 @@ def finished(run: RunDirectory, job: Job) -> bool:
 
 def job_views(run: RunDirectory, record: ClusterRecord) -> list[JobView]:
     """Every job of the run, with one call of squeue and one of sacct. Raises NoAnswer when squeue fails."""
-    return _views(run, record, query_jobs(record.all_job_ids))
+    return _views(run, record, query_jobs(record.all_job_ids, record.since))
 
 
 def shown_views(run: RunDirectory, record: ClusterRecord) -> tuple[list[JobView], str]:
@@ -120,8 +129,13 @@ def stuck_reason(job: SlurmJob) -> str:
     """What keeps a waiting job from ever starting, in words; "" when it only waits for its turn."""
     if job.state != PENDING:
         return ""
-    limit = _LIMIT if job.reason.startswith(("Assoc", "QOS", "MaxGRES")) else ""
-    return _STUCK.get(job.reason, limit)
+    if job.reason in _STUCK:
+        return _STUCK[job.reason]
+    # "launch failed requeued held" of a node that could not start it, "job requeued in held state", JobHeldUser, ...
+    if job.word in _HELD or re.search("held|hold", job.reason, re.IGNORECASE):
+        cause = "a node failed to launch it" if "launch failed" in job.reason else "it waits until somebody lets it go"
+        return f"Slurm holds it ({cause}); {release_words(job.job_id)}"
+    return _LIMIT if job.reason.startswith(("Assoc", "QOS", "MaxGRES")) else ""
 
 
 def _views(run: RunDirectory, record: ClusterRecord, slurm: dict[str, SlurmJob]) -> list[JobView]:
@@ -148,7 +162,12 @@ def read_attempts(run: RunDirectory, name: str, job_id: str) -> list[Attempt]:
     if not path.is_file():
         return []
     rows = (line.split(maxsplit=5) for line in path.read_text(errors="replace").splitlines())
-    return [Attempt(r[1], r[2], int(r[3]), r[5] if len(r) > 5 else "") for r in rows if len(r) > 4 and r[2] == job_id]
+    number = number_of(job_id)
+    return [
+        Attempt(r[1], r[2], int(r[3]), r[5] if len(r) > 5 else "", float(r[0]))
+        for r in rows
+        if len(r) > 4 and r[2] == number and r[0].isdigit() and r[3].isdigit()  # a full disk cuts lines
+    ]
 
 
 def _view(run: RunDirectory, job: Job, slurm: SlurmJob, attempts: list[Attempt], spent: float | None) -> JobView:
@@ -161,7 +180,19 @@ def _view(run: RunDirectory, job: Job, slurm: SlurmJob, attempts: list[Attempt],
     restarts = max((attempt.restart for attempt in attempts), default=0)
     if state == PENDING and attempts:
         restarts += 1
-    return JobView(job, slurm.job_id, state, slurm, status, restarts, _note(state, slurm, status, attempts), spent)
+    note = _note(state, slurm, status, attempts)
+    last = attempts[-1] if attempts else None
+    if state == RUNNING and last and last.event == "start" and last.time > (status.updated or 0.0):
+        note, status = _starting(run, job, last, status), replace(status, **_NO_PROGRESS)
+    return JobView(job, slurm.job_id, state, slurm, status, restarts, note, spent)
+
+
+def _starting(run: RunDirectory, job: Job, attempt: Attempt, status: StageStatus) -> str:
+    """What an attempt does before its worker says something: step and speed in status.json are of the one before."""
+    folder, name = run.path / "cluster" / "preflight", f"{attempt.job_id}.{attempt.restart}"
+    logs = (run.stage(job.stage) / "logs").glob(f"{job.name}.{name}.*")
+    word = "preflight" if (folder / name).is_dir() and not any(logs) else "starting"
+    return f"{word} (was at step {status.step}/{status.total_steps})" if status.total_steps else word
 
 
 def _note(state: str, slurm: SlurmJob, status: StageStatus, attempts: list[Attempt]) -> str:
@@ -171,7 +202,9 @@ def _note(state: str, slurm: SlurmJob, status: StageStatus, attempts: list[Attem
         why = slurm.reason + (f": {stuck}" if stuck else f", expected {slurm.start}" if slurm.start else "")
         return f"waits to go on after: {_said(last)} ({why})" if last else why
     if state in (FAILED, UNKNOWN):
-        said = _said(last) if last and last.event in ("failed", "end", "preflight") else slurm.word or "no record"
+        said = (
+            _said(last) if last and last.event in ("failed", "end", "limit", "preflight") else slurm.word or "no record"
+        )
         return said + (f": {status.error}" if status.error and status.state == "failed" else "")
     return ""
 
@@ -227,7 +260,7 @@ def views_text(views: list[JobView]) -> str:
     unit = _unit(views)
     rows = []
     for view in views:
-        text = describe(view.status) if view.state == RUNNING else view.note
+        text = view.note or describe(view.status) if view.state == RUNNING else view.note
         if view.state == RUNNING and not text:
             text = "starting"
         rows.append(

@@ -16,12 +16,13 @@ from jet_launcher.exit_codes import DONE, FAILED, INTERRUPTED, USAGE
 from jet_launcher.options import check_inputs
 from jet_launcher.run_directory import RunDirectory, find_run, open_run
 from jet_launcher.signals import caught_signals
-from jet_launcher.slurm.experiment import check_path, check_sbatch, scheduler_environment
+from jet_launcher.slurm.ask import no_id, number_of, scheduler_environment, submitted_id
+from jet_launcher.slurm.experiment import check_path, check_sbatch
 from jet_launcher.slurm.graph import Job, JobGraph, build_graph
-from jet_launcher.slurm.launch import ROOT, Target, job_place, live_jobs, warn_stuck
+from jet_launcher.slurm.launch import ROOT, Target, job_place, live_jobs, node_path, warn_stuck
 from jet_launcher.slurm.package import ship_code
 from jet_launcher.slurm.record import SubmissionLog, read_record
-from jet_launcher.slurm.scripts import JobPlace, sbatch_options, setup_lines, write_scripts
+from jet_launcher.slurm.scripts import JobPlace, check_mounts, sbatch_options, setup_lines, write_scripts
 from jet_launcher.slurm.taken import Interrupted, Taken
 from jet_launcher.usage import UsageError, usage_errors
 from megatron_jet.configs.candidates import split_target
@@ -51,9 +52,10 @@ def submit_stage(cluster_name: str, run_dir: str, target: str, recipe: list[str]
     if not isinstance(chosen, Target):
         raise UsageError(f"cluster '{cluster_name}' does not run sbatch here; give one with Slurm and a local tunnel")
     run, config = _run(run_dir, recipe)
-    check_path("run directory", run.path.resolve())
+    check_path("run directory", node_path(run))
     check_sbatch()
     graph, job = _job(config, target, chosen.cluster)
+    check_mounts(config, chosen.cluster)
     try:
         with run.locked():
             live = live_jobs(read_record(run)).get(job.name)
@@ -61,19 +63,20 @@ def submit_stage(cluster_name: str, run_dir: str, target: str, recipe: list[str]
                 raise UserError(
                     f"{run.id}: {job.name} is in the queue or running (job {live}); `cancel {run.id}` first"
                 )
-            code = ship_code(ROOT, run.path.resolve())
+            code = ship_code(ROOT, node_path(run))
             place = job_place(run, chosen.cluster, code.path)
             prelude = place.cluster_dir / "plain" / f"{job.name}.sh"
             write_scripts([job], chosen.cluster, place)
             write_text(prelude, setup_lines(job, chosen.cluster, place) + "\n")
             command = [*_options(run, job, chosen.cluster, place), *extra]
             log = SubmissionLog(run, chosen.name, chosen.cluster, graph, place, code)
-            return _sbatch([*command, str(ROOT / "slurm" / "postnas.sbatch"), "--in-job", str(prelude)], job, log)
+            command += [str(ROOT / "slurm" / "postnas.sbatch"), "--in-job", str(prelude)]
+            return _sbatch(command, job, log, chosen.cluster.clusters or "")
     except OSError as error:
         raise UserError(describe_os_error(error, run.path)) from None
 
 
-def _sbatch(arguments: list[str], job: Job, log: SubmissionLog) -> str:
+def _sbatch(arguments: list[str], job: Job, log: SubmissionLog, cluster: str) -> str:
     """Submit and record. Returns the job ID."""
     with caught_signals() as interrupts, scheduler_environment():
         taken = Taken(None, None, log.keep, interrupts)
@@ -83,14 +86,18 @@ def _sbatch(arguments: list[str], job: Job, log: SubmissionLog) -> str:
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:
                     raise UserError(" ".join(done.stderr.split()) or f"sbatch ended with {done.returncode}")
-                add(job.name, done.stdout.strip().partition(";")[0])
+                job_id = submitted_id(done.stdout)
+                if job_id is None:
+                    raise UserError(no_id(done.stdout))
+                add(job.name, job_id)
             taken.check()
         except BaseException as error:
-            left = taken.take_back()
+            own = arguments[-1]  # the prelude: of this run and job alone
+            left = taken.take_back(lambda command: command.split()[-1:] == [own], cluster)
             kind = Interrupted if isinstance(error, Interrupted) else UserError
             raise kind(f"submission failed: {error}; {left}") from None
     warn_stuck(taken.submitted)
-    return taken.submitted.job_ids[job.name]
+    return number_of(taken.submitted.job_ids[job.name])
 
 
 def _run(run_dir: str, recipe: list[str]) -> tuple[RunDirectory, RunConfig]:

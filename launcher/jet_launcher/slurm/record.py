@@ -3,10 +3,12 @@
 import os
 import time
 from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from jet_launcher.run_directory import RunDirectory
+from jet_launcher.slurm.ask import is_job_id, number_of
 from jet_launcher.slurm.graph import Job, JobGraph
 from jet_launcher.slurm.package import ShippedCode
 from jet_launcher.slurm.scripts import JobPlace
@@ -61,15 +63,25 @@ class ClusterRecord:
         """Output of a job's batch script: in NeMo-Run's directory, or with the logs of a job of the plain script."""
         submission = next(s for s in self.submissions if any(row["job_id"] == job_id for row in s["jobs"]))
         if submission["experiment"] is None:
-            return run.stage(job.stage) / "logs" / f"{job.name}.{job_id}.batch.log"
+            return run.stage(job.stage) / "logs" / f"{job.name}.{number_of(job_id)}.batch.log"
         title, _, _ = submission["experiment"].rpartition("_")
         folder = Path(submission["nemorun_home"]) / "experiments" / title / submission["experiment"] / job.name
-        return folder / f"sbatch_{title}.{job.name}_{job_id}.out"
+        return folder / f"sbatch_{title}.{job.name}_{number_of(job_id)}.out"
 
     @property
     def all_job_ids(self) -> list[str]:
         """Of every submission."""
         return [row["job_id"] for submission in self.submissions for row in submission["jobs"]]
+
+    @property
+    def since(self) -> str | None:
+        """Start of the first submission, local time as Slurm writes it; an hour before, for clocks that differ."""
+        times = (submission.get("time") for submission in self.submissions)
+        try:
+            first = min(datetime.strptime(time, "%Y-%m-%dT%H:%M:%S%z") for time in times)
+        except (TypeError, ValueError):
+            return None
+        return (first.astimezone() - timedelta(hours=1)).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def record_file(run: RunDirectory) -> Path:
@@ -101,7 +113,7 @@ def read_record(run: RunDirectory) -> ClusterRecord | None:
         cluster = ClusterConfig.parse({**data["cluster"], **_private(run)}, str(path))
         record = ClusterRecord(data["name"], cluster, data["submissions"])
         # Whatever commands read, so that none of them stumbles later.
-        whole = isinstance(record.name, str) and all(isinstance(job_id, str) for job_id in record.all_job_ids)
+        whole = isinstance(record.name, str) and all(map(is_job_id, record.all_job_ids))
         whole = whole and all(record.batch_log(run, entry.job, entry.job_id) for entry in record.jobs)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, StopIteration):
         whole = False
@@ -152,7 +164,7 @@ class SubmissionLog:
             provenance["launches"][-1]["cluster"] = {
                 "name": self._name,
                 "experiment": submitted.experiment,
-                "code": str(self._place.code.relative_to(self._run.path.resolve())),
+                "code": str(self._place.code.relative_to(self._place.run_dir)),
                 "code_sha256": self._code.digest,
                 "jobs": submitted.job_ids,
             }

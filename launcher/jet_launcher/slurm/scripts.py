@@ -15,6 +15,7 @@ from jet_launcher.slurm.graph import Job
 from megatron_jet.configs.cluster import ClusterConfig
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import write_text
+from megatron_jet.configs.run import RunConfig
 
 EARLY_WARNING_SIGNAL = "USR1"
 # After the first process of a step ends, the others may take this long to save and leave.
@@ -65,6 +66,7 @@ def sbatch_options(job: Job, cluster: ClusterConfig) -> dict[str, str | int | bo
     """sbatch's long options without `--`; True stands for an option without a value."""
     options: dict[str, str | int | bool | None] = {
         "account": cluster.account,
+        "clusters": cluster.clusters,
         "partition": cluster.partition,
         "qos": cluster.qos,
         "reservation": cluster.reservation,
@@ -81,10 +83,11 @@ def sbatch_options(job: Job, cluster: ClusterConfig) -> dict[str, str | int | bo
         # Without it, dependents of a failed job wait for ever.
         "kill-on-invalid-dep": "yes",
     }
+    wanted = f"{cluster.gpu_type}:{job.gpus}" if cluster.gpu_type else job.gpus
     if job.gpus and cluster.gpu_request == "gpus-per-node":
-        options["gpus-per-node"] = job.gpus
+        options["gpus-per-node"] = wanted
     elif job.gpus and cluster.gpu_request == "gres":
-        options["gres"] = f"gpu:{job.gpus}"
+        options["gres"] = f"gpu:{wanted}"
     return {key: value for key, value in {**options, **cluster.sbatch}.items() if value is not None}
 
 
@@ -119,6 +122,31 @@ def container_mounts(cluster: ClusterConfig, place: JobPlace) -> list[str]:
         if not re.fullmatch(r"[A-Za-z0-9_./@+=~-]+", path):
             raise UserError(f"{what} {path}: a container can mount it with letters, digits and _ . / @ + = ~ - only")
     return [*cluster.container.mounts, *(f"{path}:{path}" for path in sorted(own))]
+
+
+def check_mounts(config: RunConfig, cluster: ClusterConfig) -> None:
+    """Raise UserError when a container does not see what a run reads: no mount shows it at its own path."""
+    if cluster.container is None:
+        return
+    shown = [
+        Path(source) for source, target, *_ in (m.split(":") for m in cluster.container.mounts) if source == target
+    ]
+    inputs = {
+        "teacher.path": config.teacher.path,
+        "teacher.tokenizer": config.teacher.tokenizer,
+        "data.path": config.data.path,
+    }
+    for key, text in inputs.items():
+        if text is None or text.startswith("bundled"):
+            continue
+        path = Path(text).expanduser().absolute()
+        for place in dict.fromkeys((path, path.resolve())):
+            if not any(place.is_relative_to(mount) for mount in shown):
+                where = "" if place == path else f" leads to {place}, which"
+                raise UserError(
+                    f"{key}={text}:{where or ' this'} is under no mount of the container; "
+                    f"add {place.parent}:{place.parent} to container.mounts in the cluster file"
+                )
 
 
 def job_variables(job: Job, cluster: ClusterConfig, place: JobPlace) -> dict[str, str]:
@@ -172,6 +200,7 @@ def setup_lines(job: Job, cluster: ClusterConfig, place: JobPlace) -> str:
             f"postnas_srun=({' '.join(map(quote, steps))})",
             f"postnas_sbatch=({' '.join(map(quote, sbatch_words(options)))})",
             'source "$POSTNAS_CODE/slurm/job.sh"',
+            "postnas_enter",
             *(f"postnas_load_module {quote(module)}" for module in cluster.modules),
             *_shell_code(cluster.setup),
             "postnas_begin",
@@ -182,7 +211,10 @@ def setup_lines(job: Job, cluster: ClusterConfig, place: JobPlace) -> str:
 def step_script(job: Job, cluster: ClusterConfig, place: JobPlace) -> str:
     """The script of every process. It repeats the variables: a container may have started with others."""
     source = 'source "$POSTNAS_CODE/slurm/step.sh"'
-    return "\n".join(["#!/bin/bash", *_variables(job, cluster, place), *cluster.setup, source, ""])
+    # The early warning may come while the set-up lines are at work, and kills who does not ignore it.
+    return "\n".join(
+        ["#!/bin/bash", f"trap '' {EARLY_WARNING_SIGNAL}", *_variables(job, cluster, place), *cluster.setup, source, ""]
+    )
 
 
 def quote(value: str) -> str:

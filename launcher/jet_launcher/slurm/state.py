@@ -6,11 +6,11 @@ NeMo-Run's own status is not used: it exits 0 when jobs failed, and calls preemp
 """
 
 import os
-import subprocess
-from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
+from jet_launcher.slurm.ask import ask, by_cluster, command_on, is_number
 from megatron_jet.configs.errors import UserError
 
 PENDING, RUNNING, DONE, CANCELLED, FAILED, UNKNOWN = "pending", "running", "done", "cancelled", "failed", "unknown"
@@ -44,7 +44,6 @@ _STATES = {
 }
 _SQUEUE = "%i|%T|%r|%N|%S"
 _SACCT = "JobID,State,ExitCode,ElapsedRaw,NNodes,NodeList"
-_TIMEOUT = 60.0
 # The one failure of squeue that is an answer: it was asked about a single job and has forgotten it.
 _FORGOTTEN = "Invalid job id specified"
 # scancel's complaints about jobs that have ended.
@@ -67,7 +66,7 @@ class SlurmJob:
     """One job as Slurm sees it.
 
     Attributes:
-        job_id: Slurm's number.
+        job_id: Slurm's number, `;cluster` after it for a cluster that sbatch named.
         state: pending, running, done, cancelled, failed or unknown.
         word: Slurm's own word for it, such as TIMEOUT.
         reason: why it waits or ended, in Slurm's word; "" where there is none.
@@ -89,23 +88,43 @@ class SlurmJob:
         return self.state in LIVE
 
 
-def query_jobs(job_ids: Iterable[str]) -> dict[str, SlurmJob]:
-    """State of each job, by ID. Jobs that neither squeue nor sacct knows are `unknown`.
+def query_jobs(job_ids: Iterable[str], since: str | None = None) -> dict[str, SlurmJob]:
+    """State of each job, by ID. Jobs that Slurm knows nothing of are `unknown`.
+
+    Args:
+        since: local time as Slurm writes it; accounting leaves out what ended before, such as jobs of the same number.
 
     Raises:
         NoAnswer: squeue failed.
     """
-    ids = list(dict.fromkeys(job_ids))
-    if not ids:
-        return {}
-    listed = _ask(["squeue", "--noheader", "--states=all", f"--jobs={','.join(ids)}", f"--format={_SQUEUE}"])
+    found: dict[str, SlurmJob] = {}
+    for cluster, ids in by_cluster(job_ids).items():
+        jobs = _query(cluster, list(ids), since)
+        found.update({job_id: replace(jobs[number], job_id=job_id) for number, job_id in ids.items()})
+    return found
+
+
+def _query(cluster: str, ids: list[str], since: str | None) -> dict[str, SlurmJob]:
+    chosen = f"--jobs={','.join(ids)}"
+    listed = ask(command_on(cluster, "squeue", "--noheader", "--states=all", chosen, f"--format={_SQUEUE}"))
     if listed.error and _FORGOTTEN not in listed.error:
         raise NoAnswer(listed.error)
     # -D: one row per restart; sacct otherwise counts the last one only.
-    past = _ask(
-        ["sacct", "--noheader", "--parsable2", "--allocations", "-D", f"--jobs={','.join(ids)}", f"--format={_SACCT}"]
-    )
-    return merge(ids, parse_squeue(listed.output), parse_sacct("" if past.error else past.output))
+    options = ["--noheader", "--parsable2", "--allocations", "-D", *([f"--starttime={since}"] if since else [])]
+    past = ask(command_on(cluster, "sacct", *options, chosen, f"--format={_SACCT}"))
+    jobs = merge(ids, parse_squeue(listed.output), parse_sacct("" if past.error else past.output))
+    unknown = [job_id for job_id, job in jobs.items() if job.state == UNKNOWN]
+    return {**jobs, **_second_opinion(cluster, unknown)} if unknown and not listed.error else jobs
+
+
+def _second_opinion(cluster: str, ids: list[str]) -> dict[str, SlurmJob]:
+    """What scontrol says of jobs that squeue has left out: nobody may take them for gone because of a filter."""
+    one = ids if len(ids) == 1 else []
+    said = ask(command_on(cluster, "scontrol", "--all", "--oneliner", "show", "job", *one))
+    if said.error and _FORGOTTEN not in said.error and not said.error.startswith("scontrol: "):
+        raise NoAnswer(said.error)
+    jobs = parse_scontrol("" if said.error else said.output)
+    return {job_id: jobs[job_id] for job_id in ids if job_id in jobs}
 
 
 def unasked(job_ids: Iterable[str]) -> dict[str, SlurmJob]:
@@ -113,17 +132,21 @@ def unasked(job_ids: Iterable[str]) -> dict[str, SlurmJob]:
     return {job_id: SlurmJob(job_id, word="no answer") for job_id in job_ids}
 
 
-def jobs_of_scripts(folder: Path) -> list[str]:
-    """IDs of our jobs in the queue whose batch script is under `folder`.
+def jobs_of_command(ours: Callable[[str], bool], cluster: str = "") -> list[str]:
+    """IDs of our jobs in the queue whose batch script, with its arguments, `ours` knows.
+
+    Args:
+        cluster: that was named to sbatch; "" for none.
 
     Raises:
         NoAnswer: squeue failed.
     """
-    listed = _ask(["squeue", "--noheader", f"--user={os.getuid()}", "--format=%i|%o"])
+    listed = ask(command_on(cluster, "squeue", "--noheader", f"--user={os.getuid()}", "--format=%i|%o"))
     if listed.error:
         raise NoAnswer(listed.error)
     rows = (line.strip().partition("|") for line in listed.output.splitlines())
-    return [job_id for job_id, _, script in rows if script.startswith(f"{folder}/")]
+    ids = [number for number, _, command in rows if is_number(number) and ours(command)]
+    return [f"{number};{cluster}" if cluster else number for number in ids]
 
 
 def parse_squeue(text: str) -> dict[str, SlurmJob]:
@@ -131,7 +154,7 @@ def parse_squeue(text: str) -> dict[str, SlurmJob]:
     jobs = {}
     for line in text.splitlines():
         fields = line.strip().split("|")
-        if len(fields) == 5:
+        if len(fields) == 5 and is_number(fields[0].strip()):
             job_id, word, reason, nodes, start = (field.strip() for field in fields)
             reason = "" if reason in ("None", "(null)") else reason
             start = "" if start in ("N/A", "") or _state(word) != PENDING else start
@@ -144,17 +167,31 @@ def parse_sacct(text: str) -> dict[str, SlurmJob]:
     jobs: dict[str, SlurmJob] = {}
     for line in text.splitlines():
         fields = line.strip().split("|")
-        if len(fields) != 6:
+        if len(fields) != 6 or not (is_number(fields[0]) and fields[3].isdigit() and fields[4].isdigit()):
             continue
         job_id, words, exit_code, elapsed, count, nodes = fields
         word = words.split()[0] if words else ""  # "CANCELLED by 1000"
-        seconds = float(elapsed or 0) * int(count or 0)
+        seconds = float(elapsed) * int(count)
         if nodes in ("None assigned", ""):
             seconds, nodes = 0.0, ""
         before = jobs[job_id].node_seconds or 0.0 if job_id in jobs else 0.0
         state = _state(word)
         reason = f"exit code {exit_code}" if state == FAILED and word == "FAILED" else ""
         jobs[job_id] = SlurmJob(job_id, state, word, reason, nodes, "", before + seconds)
+    return jobs
+
+
+def parse_scontrol(text: str) -> dict[str, SlurmJob]:
+    """Lines of `scontrol --oneliner show job`."""
+    jobs = {}
+    for line in text.splitlines():
+        job = re.match(r"JobId=([1-9][0-9]*) ", line.strip())
+        fields = dict(re.findall(r" (JobState|Reason|NodeList)=(\S+)", line)[::-1])  # the first of each counts
+        if job and "JobState" in fields:
+            word = fields["JobState"]
+            reason, nodes = (fields.get(key, "") for key in ("Reason", "NodeList"))
+            reason, nodes = ("" if text in ("None", "(null)") else text for text in (reason, nodes))
+            jobs[job.group(1)] = SlurmJob(job.group(1), _state(word), word, reason, nodes)
     return jobs
 
 
@@ -177,34 +214,13 @@ def cancel_jobs(job_ids: Iterable[str]) -> None:
     Raises:
         UserError: scancel refused a job or did not reach Slurm; the others are cancelled.
     """
-    ids = list(job_ids)
-    if not ids:
-        return
-    refused = [line for line in _ask(["scancel", *ids]).error.splitlines() if not any(word in line for word in _ENDED)]
+    refused = []
+    for cluster, ids in by_cluster(job_ids).items():
+        said = ask(command_on(cluster, "scancel", *ids)).error.splitlines()
+        refused += [line for line in said if not any(word in line for word in _ENDED)]
     if refused:
         raise UserError("; ".join(refused))
 
 
 def _state(word: str) -> str:
     return _STATES.get(word.rstrip("+"), UNKNOWN)
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """What a Slurm command printed, and why it failed ("" when it did not)."""
-
-    output: str
-    error: str
-
-
-def _ask(command: list[str]) -> _Answer:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT)
-    except subprocess.TimeoutExpired:
-        return _Answer("", f"{command[0]}: no answer within {_TIMEOUT:.0f} s")
-    except OSError as error:
-        return _Answer("", f"{command[0]}: {error.strerror or error}")
-    if done.returncode == 0:
-        return _Answer(done.stdout, "")
-    lines = filter(None, map(str.strip, done.stderr.splitlines()))
-    return _Answer(done.stdout, "\n".join(lines) or f"{command[0]} ended with {done.returncode}")

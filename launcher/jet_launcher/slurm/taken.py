@@ -9,6 +9,7 @@ from threading import Lock
 
 from jet_launcher.signals import Interrupts, shielded_children
 from jet_launcher.slurm import state as slurm
+from jet_launcher.slurm.ask import number_of, shell_words
 from megatron_jet.configs.errors import UserError
 
 PATIENCE = 30.0  # seconds that Slurm gets to end cancelled jobs
@@ -73,32 +74,35 @@ class Taken:
             self._job_ids[name] = job_id
             self._keep(self.submitted)
 
-    def take_back(self, scripts: Path | None = None) -> str:
+    def take_back(self, ours: Callable[[str], bool], cluster: str = "") -> str:
         """Cancel what was submitted, and look whether it is gone. Returns what became of it.
 
         Args:
-            scripts: directory of the batch scripts, to find jobs, too, whose ID never arrived here (sbatch ran into a
-                time-out after Slurm had taken the job).
+            ours: whether a batch script, with its arguments, is of this submission: to find jobs, too, whose ID never
+                arrived here (sbatch ran into a time-out after Slurm had taken the job, or said something else).
+            cluster: that was named to sbatch; "" for none.
         """
-        return _take_back(list(self._job_ids.values()), scripts) if self._tried else "nothing was submitted"
+        return _take_back(list(self._job_ids.values()), ours, cluster) if self._tried else "nothing was submitted"
 
 
-def _take_back(job_ids: list[str], scripts: Path | None) -> str:
-    found = dict.fromkeys(job_ids)
+def _take_back(job_ids: list[str], ours: Callable[[str], bool], cluster: str) -> str:
+    found = {number_of(job_id): job_id for job_id in job_ids}
     try:
         with shielded_children():
-            found.update(dict.fromkeys(slurm.jobs_of_scripts(scripts) if scripts else []))
+            for job_id in slurm.jobs_of_command(ours, cluster):
+                found.setdefault(number_of(job_id), job_id)
             # Dependents first: one whose dependency ends well in this very moment must not start.
-            ids = sorted(found, key=int, reverse=True)
+            ids = [found[number] for number in sorted(found, key=int, reverse=True)]
             slurm.cancel_jobs(ids)
             left = _left(ids)
     except UserError as error:
         unknown = error.reason if isinstance(error, slurm.NoAnswer) else str(error)
         if not found:
             return f"whether Slurm has taken a job is not known ({unknown}): look with squeue --me"
-        return f"jobs {', '.join(found)} may still be in the queue ({unknown}): scancel {' '.join(found)}"
+        hint = shell_words("scancel", found.values())
+        return f"jobs {', '.join(found)} may still be in the queue ({unknown}): {hint}"
     if left:
-        return f"jobs {', '.join(left)} are still in the queue: scancel {' '.join(left)}"
+        return f"jobs {', '.join(map(number_of, left))} are still in the queue: {shell_words('scancel', left)}"
     return f"{len(found)} jobs were taken back" if found else "nothing was submitted"
 
 

@@ -44,10 +44,10 @@ class Sizes:
     Attributes:
         budget: full-attention layers.
         swa_budget, swa_window: sliding-window layers and their window in tokens.
-        block: d_k, d_v and heads of the published JetBlock.
-        plain: the same of GLA and Gated DeltaNet as candidates of block_selection: a point of the grid, so that all
-            candidates have the same state size.
-        grid: the same of the hardware-aware search, all of one state size, the published block among them.
+        block: d_k, d_v and heads of the published JetBlock, which the paper's hardware-aware search ended with.
+        plain: the same of every block before that search, JetBlock among them. Blocks are compared at one size: with
+            the published one JetBlock would have twice the parameters of the others and win by them.
+        grid: the same of the hardware-aware search, all of one state size, the two above among them.
         checkpoint_interval: steps; about 20 minutes at the speed forecast. Signals save in between.
         paper_hours: H100-hours by stage in the paper; it gives none for 4B.
     """
@@ -144,6 +144,11 @@ def _path_distribution(budget: int) -> dict[int, float]:
     return {count: budget + 1 - abs(count - budget) for count in range(2 * budget + 1)}
 
 
+def _point(point: tuple[int, int, int]) -> GridPoint:
+    d_k, d_v, heads = point
+    return GridPoint(d_k=d_k, d_v=d_v, heads=heads)
+
+
 def _sizes(point: tuple[int, int, int]) -> dict[str, float]:
     d_k, d_v, heads = point
     return {"num_heads": heads, "head_dim": d_k, "expand_v": d_v / d_k}
@@ -171,7 +176,7 @@ def _recipe(name: str, teacher: str, sizes: Sizes) -> RunConfig:
         mixers={
             "gla": GLAConfig(**_sizes(sizes.plain)),
             "gated_delta_net": GatedDeltaNetConfig(**_sizes(sizes.plain)),
-            "jet": JetBlockConfig(**_sizes(sizes.block)),
+            "jet": JetBlockConfig(**_sizes(sizes.plain)),
         },
         nproc=8,
         parallel=ParallelConfig(),
@@ -195,12 +200,20 @@ def _recipe(name: str, teacher: str, sizes: Sizes) -> RunConfig:
         hardware_search=HardwareSearchConfig(
             resources=resources("hardware_search"),
             training=search,
-            grid=tuple(GridPoint(d_k=d_k, d_v=d_v, heads=heads) for d_k, d_v, heads in sizes.grid),
+            # mixer=None: the winner goes into the model, so it is the winner that is sized. The paper's table 2 is of
+            # Gated DeltaNet: docs/recipes.md.
+            grid=tuple(_point(point) for point in sizes.grid),
+            expected=_point(sizes.block).name,
             throughput=generation,
             eval=EVAL,
         ),
+        # The winner's weights have had the search's 50B tokens at 1e-3. From the teacher again, at a tenth of that
+        # rate, stage 1 could end below the candidate that won.
         stage1=TrainStageConfig(
-            resources=resources("stage1"), training=training(50e9, 1e-4, distill, ("*.self_attention.*",)), eval=EVAL
+            resources=resources("stage1"),
+            init="search",
+            training=training(50e9, 1e-4, distill, ("*.self_attention.*",)),
+            eval=EVAL,
         ),
         stage2=TrainStageConfig(
             resources=resources("stage2"),

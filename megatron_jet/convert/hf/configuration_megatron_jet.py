@@ -1,10 +1,22 @@
 """Configurations of the hybrid models: the published `jet_nemotron` format and its superset `megatron_jet`."""
 
 import json
+import re
 from typing import Any
 
-from huggingface_hub.dataclasses import strict
-from transformers import PretrainedConfig
+import transformers
+
+OLDEST_TORCH, OLDEST_TRANSFORMERS = "2.9", "5.6.2"
+_found, _oldest = (re.findall(r"\d+", text)[:3] for text in (transformers.__version__, OLDEST_TRANSFORMERS))
+if list(map(int, _found)) < list(map(int, _oldest)):
+    # Before the other imports, which older releases answer with errors that do not say what to do.
+    raise ImportError(
+        f"this model's code needs transformers>={OLDEST_TRANSFORMERS}, {transformers.__version__} is installed: "
+        f"pip install 'transformers>={OLDEST_TRANSFORMERS}'"
+    )
+
+from huggingface_hub.dataclasses import strict  # noqa: E402
+from transformers import PretrainedConfig  # noqa: E402
 
 SOFTMAX_MIXERS = ("attn", "swa")
 ROPE_TYPES = ("default", "llama3")
@@ -60,7 +72,9 @@ class JetNemotronConfig(PretrainedConfig):
     """
 
     model_type = "jet_nemotron"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # its name from transformers 5.24 on
+    # No model is without layer types, so `JetNemotronConfig()` fails; transformers before 5.23 calls it for defaults.
+    has_no_defaults_at_init = True
     known_mixers = ("jet", "swa", "attn")
 
     vocab_size: int = 151936

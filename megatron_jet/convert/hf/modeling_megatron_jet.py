@@ -16,7 +16,7 @@ from .attention import Attention, RMSNorm, rotary_angles
 from .cache import CacheLayer, HybridCache
 from .configuration_megatron_jet import JetNemotronConfig, MegatronJetConfig
 from .delta_rule_mixer import DeltaRuleMixer
-from .gated_delta_net import GatedDeltaNet
+from .gated_delta_net import GatedDeltaNet, ShortConv1d
 from .gla import GatedLinearAttention
 from .jet_block import GeneratorLinear, JetBlock
 from .token_layout import TokenLayout
@@ -25,6 +25,13 @@ logger = logging.get_logger(__name__)
 
 # Deviation of the taps that a fresh kernel generator gives (its bias), whatever the config's initializer_range.
 STATIC_TAP_STD = 0.02
+
+# What outputs and `generate` call the decoding cache (past_key_values before transformers 5.24). Inputs may use both.
+CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+NO_CACHE_WITH_CHECKPOINTING = (
+    "a decoding cache does not go with gradient checkpointing in training mode: call model.eval() or leave it out"
+)
 
 MIXERS = {
     "attn": Attention,
@@ -79,7 +86,7 @@ class HybridPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["HybridDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _is_stateful = True  # assisted generation would have to undo tokens
@@ -97,6 +104,8 @@ class HybridPreTrainedModel(PreTrainedModel):
             init.zeros_(module.weight)
             if module.bias is not None:
                 init.normal_(module.bias, 0.0, STATIC_TAP_STD)
+        elif isinstance(module, ShortConv1d):
+            init.normal_(module.weight, 0.0, self.config.initializer_range)
         elif isinstance(module, DeltaRuleMixer):
             module.init_decay()
         else:
@@ -126,6 +135,7 @@ class HybridModel(HybridPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        cache: HybridCache | None = None,
     ) -> BaseModelOutputWithPast:
         """Runs the layers.
 
@@ -138,6 +148,7 @@ class HybridModel(HybridPreTrainedModel):
             use_cache: make a cache where none is given; by default as the config says, never in training.
             output_hidden_states: also return the input of each layer and the final norm's output.
             output_attentions: not supported.
+            cache: the name of past_key_values in newer transformers.
 
         Returns:
             The final norm's output; at padding it repeats that of the last real token before it, also of an earlier
@@ -151,7 +162,7 @@ class HybridModel(HybridPreTrainedModel):
         if output_attentions:
             raise ValueError("attention weights are not available: linear layers have none")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = self._cache(past_key_values, use_cache)
+        cache = self._cache(_one_of(past_key_values, cache), use_cache)
         layout = TokenLayout.build(
             hidden.shape[:2],
             hidden.device,
@@ -173,17 +184,24 @@ class HybridModel(HybridPreTrainedModel):
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
-            past_key_values=cache,
             hidden_states=(*inputs, hidden) if wanted else None,
+            **{CACHE_NAME: cache},
         )
+
+    @property
+    def checkpoints_gradients(self) -> bool:
+        """Whether passes are computed a second time for gradients, so that nothing may be stored on the way."""
+        return self.gradient_checkpointing and self.training
 
     def _cache(self, given: HybridCache | None, use_cache: bool | None) -> HybridCache | None:
         if given is not None and not isinstance(given, HybridCache):
             raise ValueError(
                 f"past_key_values is a {type(given).__name__}, this model needs its own HybridCache(config)"
             )
-        if self.gradient_checkpointing and self.training:
-            if given is not None or use_cache:
+        if self.checkpoints_gradients:
+            if given is not None:
+                raise ValueError(NO_CACHE_WITH_CHECKPOINTING)  # what it holds would be left out
+            if use_cache:
                 logger.warning_once("A cache does not go with gradient checkpointing: running without one.")
             return None
         if use_cache is None:
@@ -191,6 +209,12 @@ class HybridModel(HybridPreTrainedModel):
         if given is None and use_cache:
             return HybridCache(self.config)
         return given
+
+
+def _one_of(past_key_values: HybridCache | None, cache: HybridCache | None) -> HybridCache | None:
+    if past_key_values is not None and cache is not None and cache is not past_key_values:
+        raise ValueError("past_key_values and cache are two names of one thing; give one of them")
+    return past_key_values if cache is None else cache
 
 
 def _padding_row(config: JetNemotronConfig) -> int | None:
@@ -224,6 +248,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: HybridCache | None = None,
         **loss_kwargs,
     ) -> CausalLMOutputWithPast:
         """See `HybridModel.forward`.
@@ -236,7 +261,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=_one_of(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -250,8 +275,8 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
     def _prepare_position_ids_for_generation(self, *args, **kwargs) -> None:
@@ -260,14 +285,32 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
         """`generate` gets this model's own cache."""
-        if not generation_config.use_cache or model_kwargs.get("past_key_values") is not None:
+        given = model_kwargs.get(CACHE_NAME) is not None
+        if self.model.checkpoints_gradients:
+            if given:
+                raise ValueError(NO_CACHE_WITH_CHECKPOINTING)
+            # Without a cache `generate` must hand over the whole text each time: it does where it is told so here.
+            generation_config.use_cache = model_kwargs["use_cache"] = False
+        if not generation_config.use_cache or given:
             return
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 f"cache_implementation={generation_config.cache_implementation!r} does not fit a model with "
                 "recurrent states; leave it out"
             )
-        model_kwargs["past_key_values"] = HybridCache(self.config, generation_config.max_length)
+        model_kwargs[CACHE_NAME] = HybridCache(self.config, generation_config.max_length)
+
+
+class JetNemotronModel(HybridModel):
+    """`model_type: jet_nemotron` without the head, for `AutoModel`."""
+
+    config_class = JetNemotronConfig
+
+
+class MegatronJetModel(HybridModel):
+    """`model_type: megatron_jet` without the head, for `AutoModel`."""
+
+    config_class = MegatronJetConfig
 
 
 class JetNemotronForCausalLM(HybridForCausalLM):
@@ -282,4 +325,4 @@ class MegatronJetForCausalLM(HybridForCausalLM):
     config_class = MegatronJetConfig
 
 
-__all__ = ["JetNemotronForCausalLM", "MegatronJetForCausalLM"]
+__all__ = ["JetNemotronForCausalLM", "JetNemotronModel", "MegatronJetForCausalLM", "MegatronJetModel"]

@@ -4,6 +4,7 @@ import logging
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.multiprocessing
@@ -17,8 +18,8 @@ from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.training import ParallelConfig
 from megatron_jet.convert.global_checkpoint import GlobalCheckpoint
 from megatron_jet.convert.hf_export import checkpoint_config
-from megatron_jet.convert.hf_files import HfTensors
-from megatron_jet.convert.hf_package import hf_config, load_for_causal_lm
+from megatron_jet.convert.hf_import import weights_of
+from megatron_jet.convert.hf_package import hf_config, load_for_causal_lm, reason
 from megatron_jet.convert.verify import worker
 from megatron_jet.convert.verify.worker import VerifyJob
 from megatron_jet.model.param_table import param_table
@@ -80,7 +81,7 @@ def verify(hf_dir: str | Path, checkpoint: str | Path, parallel: ParallelConfig)
 def _embedding_difference(hf_dir: str | Path, checkpoint: str | Path, model: ModelConfig) -> LayerDifference:
     """Of the row of the embedding that differs most: the tokens of a comparison are few of the vocabulary's."""
     row = next(row for row in param_table(model) if row.key == EMBEDDING)
-    parts = (GlobalCheckpoint(checkpoint).read(EMBEDDING), HfTensors(hf_dir).read(row.hf[0]))
+    parts = (GlobalCheckpoint(checkpoint).read(EMBEDDING), weights_of(Path(hf_dir), model).read(row.hf[0]))
     ratio = largest = 0.0
     for found, reference in zip(*(part.split(EMBEDDING_ROWS) for part in parts), strict=True):
         difference = found.float() - reference.float()
@@ -122,6 +123,7 @@ def first_different(rows: list[LayerDifference], tolerance: float) -> LayerDiffe
 def hf_activations(hf_dir: str | Path, tokens: Tensor) -> dict[str, Tensor]:
     """Output of every layer and the logits of a Hugging Face model: "0", "1", ..., "logits"."""
     model = load_for_causal_lm(hf_dir, dtype=torch.float32)
+    check_as_loaded(hf_dir, model.config.to_dict())
     outputs: dict[str, Tensor] = {}
 
     def keep(index: int):
@@ -132,9 +134,27 @@ def hf_activations(hf_dir: str | Path, tokens: Tensor) -> dict[str, Tensor]:
 
     for index, layer in enumerate(model.model.layers):
         layer.register_forward_hook(keep(index))
-    with torch.no_grad():
-        outputs["logits"] = model(input_ids=tokens, use_cache=False).logits
+    try:
+        with torch.no_grad():
+            outputs["logits"] = model(input_ids=tokens, use_cache=False).logits
+    except Exception as error:  # whatever its code makes of a config that it could load
+        raise UserError(f"{hf_dir}: transformers cannot run this model: {reason(error)}") from error
     return {name: tensor.float().cpu() for name, tensor in outputs.items()}
+
+
+def check_as_loaded(hf_dir: str | Path, loaded: dict[str, Any]) -> None:
+    """Raise UserError when the config that transformers loaded is not what we read in the file.
+
+    The tokens compared may be fewer than a window holds, so a gate read in another way would not show in the outputs.
+    """
+    where = str(Path(hf_dir) / "config.json")
+    ours = model_from_hf(hf_config(hf_dir), where)
+    theirs = model_from_hf(loaded | {"architectures": None, "auto_map": None}, f"{where} as loaded by transformers")
+    for name in type(ours).model_fields:
+        if name not in NOT_COMPARED - {"layer_plan"}:
+            found, read = getattr(theirs, name), getattr(ours, name)
+            if found != read:
+                raise UserError(f"{where}: transformers loads {name} as {found}, here it is read as {read}")
 
 
 def _difference(name: str, found: Tensor, reference: Tensor) -> LayerDifference:

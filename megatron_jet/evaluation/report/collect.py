@@ -49,6 +49,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
         **{stage: _training(results.get(stage)) for stage in TRAINING_STAGES},
         "export": _export(results),
         "samples": {stage: _samples(config, stage) for stage in ("placement", *SELECTION_STAGES, "evaluate")},
+        "steps": _steps(config),
         "curves": read_curves(run_dir),
     }
     report["findings"] = findings(report)
@@ -201,6 +202,15 @@ def _export(results: dict[str, StageResult]) -> dict[str, Any] | None:
 
 def _samples(config: RunConfig, stage: str) -> int:
     return config.stage(stage).eval.samples
+
+
+def _steps(config: RunConfig) -> dict[str, int | None]:
+    """Training steps behind the scores of each stage, without which no score says much."""
+    compared = config.placement.compare_training
+    stages = ("placement", *SELECTION_STAGES, *TRAINING_STAGES)
+    return {stage: config.stage(stage).training.steps for stage in stages} | {
+        "comparison": compared.steps if compared is not None else None
+    }
 
 
 def _provenance(run_dir: Path) -> dict[str, Any] | None:

@@ -67,6 +67,21 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}%"
 
 
+def steps_text(steps: int | None) -> str:
+    """`after 20 steps`: how long a model was trained belongs to every score of it."""
+    return f"after {steps:,} step{'s' if steps != 1 else ''}" if steps is not None else "after a short training"
+
+
+def timed_speed(selection: dict[str, Any], candidate: dict[str, Any]) -> float | None:
+    """Generation tokens per second as timed on this device; None where it was not, or did not fit into memory."""
+    return (candidate["measured"]["generation_tokens_per_second"] or {}).get(selection["context"])
+
+
+def losses_alone(scores: dict[str, Any]) -> list[str]:
+    """Tasks of a Scores dict that have a loss and no accuracy: plain text."""
+    return [task for task in scores["loss"] if task not in scores["accuracy"]]
+
+
 def mean_accuracy(scores: dict[str, Any]) -> float:
     """Mean over the tasks of a Scores dict, as the ranking rules use it."""
     return sum(scores["accuracy"].values()) / len(scores["accuracy"])

@@ -13,6 +13,8 @@ from megatron_jet.evaluation.report.finding import (
     percent,
     resolution,
     standard_error,
+    steps_text,
+    timed_speed,
 )
 
 KEPT = 0.02  # mean accuracy that a hybrid may lose and still count as equal to its teacher
@@ -30,6 +32,11 @@ def _error(report: Report, stage: str, first: str, second: str) -> float:
     return standard_error(scores[first], scores[second], list(scores[first]["accuracy"]), report["samples"][stage])
 
 
+def _moment(report: Report, stage: str) -> str:
+    """What a candidate's scores come from."""
+    return f"search split, {steps_text(report['steps'][stage])}"
+
+
 def known_blocks(report: Report) -> Finding | None:
     """Block selection among the blocks that existed before."""
     known = {
@@ -43,7 +50,8 @@ def known_blocks(report: Report) -> Finding | None:
     return finding(
         "block selection",
         "Of the known linear blocks, Gated DeltaNet is the most accurate after equal training.",
-        f"Mean accuracy {percent(ours)}; the best other known block, {rival}, {percent(known[rival])} (search split).",
+        f"Mean accuracy {percent(ours)}; the best other known block, {rival}, {percent(known[rival])} "
+        f"({_moment(report, 'block_selection')}).",
         judge(ours - known[rival], error),
         f"Blocks that start closer to the teacher lead while training is short. {resolution(error)}",
     )
@@ -57,7 +65,7 @@ def _versus(report: Report, name: str, paper: str, other: str, other_text: str, 
         return None
     jet, rival = (mean_accuracy(scores[candidate]) for candidate in ("jet", other))
     error = _error(report, stage, "jet", other)
-    here = f"Mean accuracy {percent(jet)} for JetBlock, {percent(rival)} {other_text} (search split)."
+    here = f"Mean accuracy {percent(jet)} for JetBlock, {percent(rival)} {other_text} ({_moment(report, stage)})."
     return finding(name, paper, here, judge(jet - rival, error), f"{why_not} {resolution(error)}")
 
 
@@ -89,7 +97,7 @@ def equal_cache(report: Report) -> Finding | None:
         "At constant cache size more parameters give more accuracy (table 2).",
         f"Mean accuracy {percent(min(scores.values()))} to {percent(max(scores.values()))} over {len(scores)} sizes "
         f"with the same state. Fewest parameters ({small}): {percent(scores[small])}; most ({large}): "
-        f"{percent(scores[large])}; chosen: {search['winner']} (search split).",
+        f"{percent(scores[large])}; chosen: {search['winner']} ({_moment(report, 'hardware_search')}).",
         judge(scores[large] - scores[small], error),
         f"Sizes unlike the teacher's heads start from fewer copied weights, which short training does not make up for. "
         f"{resolution(error)}",
@@ -105,14 +113,27 @@ def accuracy_kept(report: Report) -> Finding | None:
     teacher, final = (sum(pair[side] for pair in pairs.values()) / len(pairs) for side in ("teacher", "final"))
     error = standard_error(*comparison["scores"].values(), list(pairs), report["samples"]["evaluate"])
     tasks = ", ".join(f"{task} {percent(p['teacher'])} to {percent(p['final'])}" for task, p in pairs.items())
+    losses = {task: pair for task, pair in comparison["loss"].items() if task not in pairs}
+    texts = "".join(
+        f" Loss on {task} {pair['teacher']:.3f} to {pair['final']:.3f} nats per token." for task, pair in losses.items()
+    )
     return finding(
         "accuracy kept",
         "The hybrid keeps the teacher's accuracy.",
-        f"Held-out mean accuracy {percent(teacher)} for the teacher, {percent(final)} for the hybrid ({tasks}).",
+        f"Held-out mean accuracy {percent(teacher)} for the teacher, {percent(final)} for the hybrid "
+        f"{_trained(report)} ({tasks}).{texts}",
         judge(final - teacher + KEPT, error),
         f"Kept means less than {100 * KEPT:.0f} points lost. The paper trains on 400 billion tokens after the search; "
         f"this run says how many it had under Cost. {resolution(error)}",
     )
+
+
+def _trained(report: Report) -> str:
+    """How long the final model was trained after the search."""
+    stages = [stage for stage in ("stage1", "stage2") if report[stage] is not None]
+    names = " and ".join(stage.removeprefix("stage") for stage in stages)
+    steps = sum(report["steps"][stage] for stage in stages) if stages else None
+    return f"{steps_text(steps)} of stage {names}" if stages else steps_text(steps)
 
 
 def faster_with_context(report: Report) -> Finding | None:
@@ -138,16 +159,19 @@ def faster_with_context(report: Report) -> Finding | None:
 def equal_speed(report: Report) -> Finding | None:
     """Hardware-aware search, speed side (paper, table 2)."""
     search = report["hardware_search"]
-    if search is None or search["throughput_mode"] != "measured" or len(search["candidates"]) < 2:
+    if search is None or len(search["candidates"]) < 2:
         return None
     context = search["context"]
-    speeds = [candidate["measured"]["generation_tokens_per_second"][context] for candidate in search["candidates"]]
+    speeds = [timed_speed(search, candidate) for candidate in search["candidates"]]
+    if None in speeds:
+        return None
     spread = max(speeds) / min(speeds) - 1
     return finding(
         "speed at equal cache",
         "At constant cache size generation speed hardly depends on widths and heads (table 2).",
-        f"At {int(context):,} tokens of context the fastest of {len(speeds)} sizes generates {spread:.1%} faster than "
-        "the slowest.",
+        f"Timed here at {int(context):,} tokens of context, the fastest of {len(speeds)} sizes generates {spread:.1%} "
+        "faster than the slowest.",
         SHOWS if spread <= NEAR else SHOWS_NOT,
-        "On a small model the projections, which do depend on the sizes, weigh more than the state.",
+        "On a small model the projections, which do depend on the sizes, weigh more than the state; and on a machine "
+        "that does other work, too, timings differ by more than sizes do.",
     )

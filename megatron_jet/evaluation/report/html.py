@@ -8,7 +8,14 @@ from markupsafe import Markup
 
 from megatron_jet.configs.estimate_text import format_count
 from megatron_jet.evaluation.report import plots_models, plots_placement
-from megatron_jet.evaluation.report.finding import layers_text, mean_accuracy, percent
+from megatron_jet.evaluation.report.finding import (
+    layers_text,
+    losses_alone,
+    mean_accuracy,
+    percent,
+    steps_text,
+    timed_speed,
+)
 from megatron_jet.evaluation.report.plots_models import candidate_speed, context_text
 
 HERE = Path(__file__).parent
@@ -51,13 +58,15 @@ def render(report: dict[str, Any]) -> str:
         "duration": duration,
         "layers": layers_text,
         "mean_accuracy": mean_accuracy,
+        "losses_alone": losses_alone,
+        "after_steps": steps_text,
         "context": lambda tokens: context_text(int(tokens)),
         "speed": lambda value: "–" if value is None else f"{value:,.0f}",
         "ratio": ratio_text,
         "layer_name": layer_name,
     }
     titles = {row["stage"]: row["stage"].replace("_", " ").capitalize() for row in report["stages"]} | STAGE_TITLES
-    environment.globals |= {"candidate_speed": candidate_speed, "stage_titles": titles}
+    environment.globals |= {"candidate_speed": candidate_speed, "timed_speed": timed_speed, "stage_titles": titles}
     page = environment.get_template("page.html.j2")
     return page.render(
         report=report,
@@ -125,7 +134,11 @@ def tiles(report: dict[str, Any]) -> list[dict[str, str]]:
     if comparison is not None and comparison["accuracy"]:
         pairs = comparison["accuracy"].values()
         teacher, ours = (sum(pair[side] for pair in pairs) / len(pairs) for side in ("teacher", "final"))
-        made.append(_tile(percent(ours), "mean held-out accuracy", f"teacher {percent(teacher)}"))
+        note = f"teacher {percent(teacher)}"
+        for task, pair in comparison["loss"].items():
+            if task not in comparison["accuracy"]:  # what an average of tasks near 100% hides
+                note += f"; {task} loss {pair['final']:.3f}, teacher {pair['teacher']:.3f} nats"
+        made.append(_tile(percent(ours), f"mean of {', '.join(comparison['accuracy'])}, held out", note))
     if comparison is not None:
         context = "65536" if "65536" in comparison["cache_bytes"] else max(comparison["cache_bytes"], key=int)
         cache = comparison["cache_bytes"][context]

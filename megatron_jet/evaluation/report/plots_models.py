@@ -5,7 +5,7 @@ from typing import Any
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
 from megatron_jet.evaluation.report.curves import LOSS_KEYS
-from megatron_jet.evaluation.report.finding import mean_accuracy
+from megatron_jet.evaluation.report.finding import mean_accuracy, timed_speed
 from megatron_jet.evaluation.report.plot_style import (
     ACCENT,
     FINAL,
@@ -65,16 +65,21 @@ def throughput(comparison: dict[str, Any]) -> str:
         return to_svg(made, "speed")
 
 
-def candidate_speed(selection: dict[str, Any], candidate: dict[str, Any]) -> float:
-    """Generation tokens per second as the stage ranked it: measured or from the formulas."""
+def candidate_speed(selection: dict[str, Any], candidate: dict[str, Any]) -> float | None:
+    """Generation tokens per second as the stage ranked it: measured (None where it did not fit into memory) or from
+    the formulas."""
     if selection["throughput_mode"] == "measured":
-        return candidate["measured"]["generation_tokens_per_second"][selection["context"]]
+        return timed_speed(selection, candidate)
     return candidate["analytic_tokens_per_second"][selection["context"]]
 
 
 def pareto(selection: dict[str, Any], name: str) -> str:
     """Accuracy against generation speed; the front is joined, the winner filled."""
-    points = {c["name"]: (candidate_speed(selection, c), mean_accuracy(c["scores"])) for c in selection["candidates"]}
+    points = {
+        c["name"]: (speed, mean_accuracy(c["scores"]))
+        for c in selection["candidates"]
+        if (speed := candidate_speed(selection, c)) is not None
+    }
     with figure(1, 1, 3.2) as (made, (axes,)):
         front = sorted(points[c] for c in selection["pareto"] if c in points)
         axes.plot([x for x, _ in front], [y for _, y in front], color=ACCENT, lw=1.2, zorder=1)
