@@ -1,5 +1,8 @@
 """The worker looks at its environment before the first stage."""
 
+import errno
+import os
+
 import pytest
 import torch
 
@@ -36,6 +39,30 @@ def test_stages_that_do_not_train_do_not_mind(hopper):
 
 def test_no_gpu_no_check():
     run_stage.check_kernels(tiny(), ["stage1"])
+
+
+@pytest.mark.parametrize(
+    "target", ["nostage", "../x", "/tmp/x", "block_selection:../../x", "block_selection:mamba", "a:"]
+)
+def test_an_unknown_stage_or_candidate_writes_nothing(tmp_path, monkeypatch, capsys, target):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(dump_yaml(tiny()))
+    monkeypatch.setenv("JET_STAGE_LOGS", "1")
+    before = sorted(tmp_path.rglob("*"))
+    assert run_stage.main([str(tmp_path / "run"), target]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_the_file_system_says_is_one_line(tmp_path, monkeypatch, capsys):
+    def full(*args) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "status.json"))
+
+    (tmp_path / "config.yaml").write_text(dump_yaml(tiny()))
+    monkeypatch.setattr(run_stage, "run_targets", full)
+    assert run_stage.main([str(tmp_path), "prepare"]) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path}/status.json: No space left on device\n"
 
 
 def test_job_with_gpus_that_torch_does_not_see_never_trains_on_the_cpu(monkeypatch, tmp_path, capsys):

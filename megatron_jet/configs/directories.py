@@ -94,12 +94,28 @@ def write_problem(error: BaseException) -> str | None:
     return f"disk full? {one_line(error)}" if wrapped else None
 
 
+def stop_if_interrupted(error: BaseException) -> None:
+    """Raise what stopped us, if that is behind an error that a library made of it. For readers of foreign files."""
+    for cause in _causes(error):
+        if isinstance(cause, KeyboardInterrupt | Interrupted):
+            raise cause from None
+
+
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error and those that it came from."""
-    cause: BaseException | None = error
-    while cause is not None:
+    """An error and those that it came from; torch's CheckpointException keeps those of all ranks in `failures`, and may
+    be the context of one of them."""
+    waiting, seen = [error], set()
+    while waiting:
+        cause = waiting.pop()
+        if id(cause) in seen:
+            continue
+        seen.add(id(cause))
         yield cause
-        cause = cause.__cause__ or cause.__context__
+        failures = getattr(cause, "failures", None)
+        waiting += [failure for failure, *_ in failures.values()] if isinstance(failures, dict) else []
+        further = cause.__cause__ or cause.__context__
+        if further is not None:
+            waiting.append(further)
 
 
 def one_line(error: BaseException) -> str:

@@ -1,16 +1,22 @@
 """Reading and writing small JSON files so that a kill at any moment leaves either the old file or the new one."""
 
+import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
 import secrets
+import shutil
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
 from megatron_jet.configs.errors import UserError
 
 SCHEMA_VERSION = 1
+SWEPT_AFTER = 86400.0  # seconds until what a killed writer left is swept
 MAX_NESTING = 64  # levels of a JSON or YAML file; ours have ten, and readers that go down by themselves have an end
 
 
@@ -35,6 +41,7 @@ def write_text(path: str | Path, text: str, mode: int = 0o666) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path)
     temporary = temporary_beside(path)
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as f:
@@ -47,12 +54,50 @@ def write_text(path: str | Path, text: str, mode: int = 0o666) -> None:
         raise
 
 
+def remove(path: Path) -> None:
+    """Delete what is there under a file's name, a directory included; nothing is fine, too."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def temporary_beside(path: Path) -> Path:
     """A hidden name in the same directory that nobody else uses.
 
     What is made under it follows the umask; `tempfile` makes files for their owner alone.
     """
-    return path.with_name(f".{path.name}.partial-{secrets.token_hex(8)}")
+    return path.with_name(f".{path.name}.partial-{_maker(os.getpid())}-{secrets.token_hex(8)}")
+
+
+def _maker(process: int) -> str:
+    """A process, in a file name: where it runs, and its ID there."""
+    return f"{hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]}-{process}"
+
+
+def _sweep(path: Path) -> None:
+    """Remove what a kill left of earlier writes of this file. What a process that lives is writing stays; of processes
+    on other machines, what is older than a day goes."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
+        maker = leftover.name.rpartition("-")[0]
+        number = maker.rpartition("-")[2]
+        with contextlib.suppress(OSError):
+            if number.isdigit() and maker.endswith(f"partial-{_maker(int(number))}"):
+                stays = _lives(int(number))
+            else:
+                stays = time.time() - leftover.stat().st_mtime < SWEPT_AFTER
+            if not stays:
+                leftover.unlink()
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
 
 
 def write_json(path: str | Path, obj: Any, mode: int = 0o666) -> None:
@@ -105,6 +150,42 @@ def measured_seconds(record: dict[str, Any]) -> float | None:
     seconds = measured.get("seconds") if isinstance(measured, dict) else None
     plain = isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 <= seconds < 1e12
     return float(seconds) if plain else None
+
+
+def write_checked(path: str | Path, obj: dict[str, Any]) -> None:
+    """`write_json`, with the SHA-256 of the file beside it (NAME.sha256), by which `read_written` knows it."""
+    path = Path(path)
+    if "schema_version" not in obj:
+        obj = {"schema_version": SCHEMA_VERSION, **obj}
+    text = json.dumps(obj, indent=2, allow_nan=True) + "\n"
+    # First, so that a kill in between leaves no file that seems to have been changed.
+    remove(path)
+    remove(_hash_beside(path))
+    write_text(_hash_beside(path), hashlib.sha256(text.encode()).hexdigest() + "\n")
+    write_text(path, text)
+
+
+def read_written(path: str | Path) -> dict[str, Any]:
+    """What `write_checked` wrote. A file without a hash beside it is taken as it is: older versions wrote none.
+
+    Raises:
+        UserError: as `read_json_object`, or the file was changed since it was written.
+    """
+    path = Path(path)
+    content = read_json_object(path)
+    try:
+        expected = _hash_beside(path).read_text().strip()
+    except FileNotFoundError:
+        return content
+    except (OSError, ValueError) as error:
+        raise UserError(f"{_hash_beside(path)}: cannot be read ({error})") from None
+    if hash_file(path) != expected:
+        raise UserError(f"{path}: is not what was written (SHA-256)")
+    return content
+
+
+def _hash_beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
 
 
 def describe_json(value: Any) -> str:

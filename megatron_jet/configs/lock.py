@@ -1,8 +1,10 @@
 """One writer per directory: an advisory lock on a file, which ends with the process that holds it."""
 
 import contextlib
+import errno
 import fcntl
 import json
+import logging
 import os
 import socket
 import time
@@ -12,6 +14,10 @@ from pathlib import Path
 
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import describe_os_error
+
+log = logging.getLogger(__name__)
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # Lustre mounted without, NFS without its lock daemon
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,10 @@ def exclusive(path: Path, advice: str = "wait for it to end", directory: Path | 
             holder = _read(path)
             who = f"process {holder.pid} on {holder.host}" if holder else "another process"
             raise UserError(f"{directory or path.parent}: {who} is working in this directory; {advice}") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            log.warning("%s: this file system has no locks; nobody keeps two programs from working here", path.parent)
         os.ftruncate(handle, 0)
         os.write(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}).encode())
         yield handle
@@ -65,6 +75,8 @@ def lock_holder(path: Path) -> LockHolder | None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return _read(path) or LockHolder(0, "unknown", 0.0)
+    except OSError:
+        return None
     else:
         return None
     finally:

@@ -56,6 +56,13 @@ class RunConfig(StrictModel):
     hardware_search: HardwareSearchConfig
     stage1: TrainStageConfig
     stage2: TrainStageConfig
+    verify_checkpoints: bool = Field(
+        default=True,
+        description="look at the checksums of a checkpoint before it is read",
+    )
+    watchdog_seconds: float = Field(
+        default=600.0, ge=0, description="a process that has not moved for so long ends the job; 0: never"
+    )
     export: ExportConfig = ExportConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 

@@ -1,7 +1,8 @@
-"""Stop signals: noted and acted on where it is safe, or turned into an exception that nobody swallows."""
+"""SIGTERM, SIGUSR1 and Ctrl-C: noted and acted on where it is safe, or an exception that nobody swallows."""
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 
 EXIT_INTERRUPTED = 75
@@ -18,6 +19,7 @@ class Interrupted(BaseException):
 class StopRequest:
     """Context manager that notes stop signals instead of dying of them. A second Ctrl-C stops at once.
 
+    A request that nobody answered by raising is handed on at the end to an `interruptible` block around it.
     Only the main thread may install handlers; elsewhere nothing is caught.
     """
 
@@ -30,20 +32,67 @@ class StopRequest:
         return self.signal is not None
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                self._previous[number] = signal.signal(number, self._note)
+        self._previous = _install(self._note)
         return self
 
-    def __exit__(self, *exc) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        previous, self._previous = self._previous, {}
+        _restore(previous)
+        if self.signal is None or error is not None:
+            return
+        outer = getattr(previous.get(self.signal), "__self__", None)
+        if isinstance(outer, interruptible):
+            outer.stop(self.signal)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.requested:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
+
+
+class interruptible:  # noqa: N801 (read as a verb: `with interruptible():`)
+    """Context manager that turns SIGTERM, SIGUSR1 and Ctrl-C into `Interrupted` at the next bytecode.
+
+    A request is never lost: one that was swallowed on its way (Python drops exceptions in destructors), or that showed
+    as an error because another process left first, ends the block as `Interrupted`, too.
+    Only the main thread may install handlers; elsewhere nothing is caught.
+    """
+
+    def __init__(self):
+        self.signal: signal.Signals | None = None
+        self._previous: dict[int, object] = {}
+
+    def stop(self, number: int, frame: FrameType | None = None) -> None:
+        """The handler. Once it is stopping, more signals change nothing; Ctrl-C may hurry it."""
+        first = self.signal is None
+        self.signal = signal.Signals(number)
+        if first or number == signal.SIGINT:
+            raise self._interruption()
+
+    def __enter__(self) -> "interruptible":
+        self._previous = _install(self.stop)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        previous, self._previous = self._previous, {}
+        _restore(previous)
+        if self.signal is not None and (error is None or isinstance(error, Exception)):
+            raise self._interruption() from error
+
+    def _interruption(self) -> Interrupted:
+        return Interrupted(f"stopped by {self.signal.name}")
+
+
+def _install(handler: Callable[[int, FrameType | None], None]) -> dict[int, object]:
+    """Put a handler in place for all stop signals; what was there before, by signal."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, handler) for number in SIGNALS}
+
+
+def _restore(previous: dict[int, object]) -> None:
+    for number, handler in previous.items():
+        signal.signal(number, handler)
 
 
 def stop_on_signals() -> None:

@@ -22,10 +22,12 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from megatron_jet.configs.directories import interrupted, one_line, replaced_directory
+from megatron_jet.configs.checksums import DamagedError, files_in, hash_files, verify, write_checksums
+from megatron_jet.configs.directories import interrupted, one_line, replaced_directory, stop_if_interrupted
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import write_json
 from megatron_jet.convert.write_behind import write_behind
+from megatron_jet.model.closed_pickle import closed_pickles, read_metadata
 
 COMPLETE_MARK = "metadata.json"  # Megatron's own; written last, so that a directory without it is unfinished
 COMMON_STATE = "common_state/shard_0_1"  # Megatron's place for everything that is not a tensor: nothing here
@@ -61,23 +63,30 @@ class _Reader(FileSystemReader):
         return self._metadata
 
 
+def check_whole(path: Path) -> None:
+    """Raise UserError unless a directory looks like a finished checkpoint."""
+    if not path.is_dir():
+        raise UserError(f"{path}: no such checkpoint directory")
+    if not (path / COMPLETE_MARK).is_file() or not (path / ".metadata").is_file():
+        raise UserError(f"{path}: not a complete Megatron checkpoint ({COMPLETE_MARK} or .metadata is missing)")
+
+
 class GlobalCheckpoint:
     """Read access to the whole tensors of a checkpoint directory.
 
     Raises:
-        UserError: no such directory, or one that is not a complete Megatron checkpoint.
+        UserError: no such directory, one that is not a complete Megatron checkpoint, or one whose files are not those
+            that were written.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        if not self.path.is_dir():
-            raise UserError(f"{path}: no such checkpoint directory")
-        if not (self.path / COMPLETE_MARK).is_file() or not (self.path / ".metadata").is_file():
-            raise UserError(f"{path}: not a complete Megatron checkpoint ({COMPLETE_MARK} or .metadata is missing)")
+        check_whole(self.path)
+        verify(self.path)
         try:
-            metadata = FileSystemReader(self.path).read_metadata()
+            metadata = read_metadata(self.path / ".metadata")
         except Exception as error:
-            raise UserError(f"{path}: checkpoint metadata cannot be read ({one_line(error)})") from None
+            raise DamagedError(f"{path}: checkpoint metadata cannot be read ({one_line(error)})", self.path) from None
         self._reader = _Reader(self.path, metadata)
         self._places = metadata.storage_data
         self._entries = {
@@ -105,21 +114,23 @@ class GlobalCheckpoint:
             return self.read_many([key])[key]
         try:
             tensor = torch.load(path, mmap=True, weights_only=True)
-        except Exception:
+        except Exception as error:
+            stop_if_interrupted(error)
             tensor = None
         if tensor is None or (tuple(tensor.shape), tensor.dtype) != (self.shape(key), self.dtype(key)):
-            raise UserError(f"{self.path}: cannot read {key}; the checkpoint is damaged")
+            raise DamagedError(f"{self.path}: cannot read {key}; the checkpoint is damaged", self.path)
         return tensor
 
     def read_many(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """Some whole tensors on the CPU, by key."""
         tensors = {key: torch.empty(self.shape(key), dtype=self.dtype(key)) for key in keys}
         try:
-            with _without_process_group():
+            with _without_process_group(), closed_pickles():
                 dcp.load(dict(tensors), storage_reader=self._reader, no_dist=True)
-        except (Exception, dcp.api.CheckpointException):  # the latter is not an Exception
+        except (Exception, dcp.api.CheckpointException) as error:  # the latter is not an Exception
+            stop_if_interrupted(error)
             names = ", ".join(list(tensors)[:3])
-            raise UserError(f"{self.path}: cannot read {names}; the checkpoint is damaged") from None
+            raise DamagedError(f"{self.path}: cannot read {names}; the checkpoint is damaged", self.path) from None
         return tensors
 
     def lazy(self, key: str) -> LazyTensor:
@@ -223,6 +234,7 @@ def write_checkpoint(
         if add_files is not None:
             add_files(temporary)
         write_json(temporary / COMPLETE_MARK, {"sharded_backend": "torch_dist", "sharded_backend_version": 1})
+        write_checksums(temporary, hash_files(temporary, files_in(temporary)))
 
 
 @contextmanager

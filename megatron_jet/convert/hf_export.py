@@ -14,7 +14,7 @@ from megatron_jet.configs.files import read_json, write_text
 from megatron_jet.configs.hf_format import HYBRIDS, model_from_hf, model_to_hf
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.convert.companions import CARD, COMPANIONS, TOKENIZERS, copy_companions
-from megatron_jet.convert.global_checkpoint import GlobalCheckpoint
+from megatron_jet.convert.global_checkpoint import GlobalCheckpoint, check_whole
 from megatron_jet.convert.hf_files import OutTensor, write_hf_tensors
 from megatron_jet.convert.hf_import import finite
 from megatron_jet.convert.hf_package import auto_map, write_modeling_code
@@ -67,8 +67,9 @@ def export_hf(
         _check_tokenizer(Path(companions))
     if shard_bytes <= 0:
         raise UserError(f"size of a shard is {shard_bytes} bytes; give a number above 0")
+    check_whole(checkpoint)
+    model = checkpoint_config(checkpoint)  # first: it says better what is wrong with a config than its checksum does
     source = GlobalCheckpoint(checkpoint)
-    model = checkpoint_config(checkpoint)
     rows = param_table(model)
     check_keys(model, rows, source)
     tensors = hf_tensors(rows, source, model, dtype)

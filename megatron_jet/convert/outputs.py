@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_jet.configs.checksums import CHECKSUMS
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import read_json
 from megatron_jet.configs.hf_format import ARCHITECTURES
@@ -13,7 +14,7 @@ from megatron_jet.convert.global_checkpoint import COMPLETE_MARK
 from megatron_jet.convert.hf_files import INDEX, SINGLE
 
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-CHECKPOINT_FILES = {COMPLETE_MARK, ".metadata", "model_config.json"}
+CHECKPOINT_FILES = {COMPLETE_MARK, ".metadata", "model_config.json", CHECKSUMS}
 
 
 def check_output(path: Path, source: Path, force: bool, foreign: Callable[[Path], str | None]) -> None:

@@ -1,21 +1,25 @@
 """One training job inside a stage: first weights, training, final checkpoint, cleaning up."""
 
+import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_jet.configs.files import write_json
+from megatron_jet.configs.checksums import verify
+from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.training import TrainingConfig
 from megatron_jet.convert.student import Init, extract_student, make_student
 from megatron_jet.model.paths import Choices
 from megatron_jet.postnas.processes import on_main
 from megatron_jet.postnas.stage import StageContext
-from megatron_jet.training.checkpoint import COMPLETE_MARK, MODEL_CONFIG
+from megatron_jet.training.checkpoint import check_complete
 from megatron_jet.training.job import TrainJob, TrainResult
 from megatron_jet.training.parallel import parallel_session
 from megatron_jet.training.sampling import PathSampling
 from megatron_jet.training.trainer import train
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -107,8 +111,13 @@ def _write_first_weights(
     ctx: StageContext, path: Path, model: ModelConfig, start: Start, choices: Choices | None
 ) -> None:
     """Rank 0 only."""
-    if (path / COMPLETE_MARK).is_file():
-        return
+    if path.exists():
+        try:
+            check_complete(path)
+            verify(path)
+            return
+        except UserError as error:
+            log.warning("%s; made again", error)
     if start.inside_supernet:
         extract_student(start.checkpoint, model, path)
         return
@@ -120,8 +129,6 @@ def _write_first_weights(
 def _clean(job: TrainJob, result: TrainResult) -> None:
     """Keep final and best weights; first weights, optimiser state and older checkpoints are not needed any more."""
     kept = {result.checkpoint, result.best_checkpoint} - {None}
-    for path in kept:
-        write_json(path / MODEL_CONFIG, job.model.to_dict())
     shutil.rmtree(job.out / "init", ignore_errors=True)
     for directory in (job.out / "checkpoints").iterdir():
         if directory / "model" in kept:

@@ -1,18 +1,33 @@
 """Run one stage: skip it when it is finished, resume it when it was cut off, start over when its inputs changed."""
 
+import json
+import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_jet.configs.attempts import SupersededError
 from megatron_jet.configs.candidates import candidate_names
+from megatron_jet.configs.checksums import DamagedError
 from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.files import hash_json, read_json, write_json
+from megatron_jet.configs.files import (
+    hash_json,
+    read_json_object,
+    read_written,
+    remove,
+    write_json,
+)
 from megatron_jet.configs.results import CandidateResult, StageResult, result_type
-from megatron_jet.configs.signals import Interrupted
+from megatron_jet.configs.signals import Interrupted, StopRequest, interruptible
 from megatron_jet.postnas.catalog import stage_named
-from megatron_jet.postnas.processes import interruptible, on_main, rank
-from megatron_jet.postnas.stage import Stage, StageContext, clear_directory
+from megatron_jet.postnas.processes import on_main, rank
+from megatron_jet.postnas.stage import Stage, StageContext, clear_directory, write_result
 from megatron_jet.postnas.status import StageStatus
+
+log = logging.getLogger(__name__)
+
+SHOWN_CHANGES = 5
 
 
 def run_stage(ctx: StageContext, name: str) -> StageResult:
@@ -34,7 +49,7 @@ def run_stage(ctx: StageContext, name: str) -> StageResult:
 
     def work(own: StageContext) -> StageResult:
         result = stage.run(own, digest)
-        on_main(lambda: write_json(directory / "result.json", result.to_dict()))
+        on_main(lambda: write_result(directory / "result.json", result))
         return result
 
     try:
@@ -64,14 +79,16 @@ def run_candidate(ctx: StageContext, stage_name: str, name: str) -> CandidateRes
 
 
 def finished_result(directory: Path, name: str, digest: str) -> StageResult | None:
-    """The stage's result if it has one that belongs to these inputs."""
+    """The stage's result if it has one that belongs to these inputs. One that was changed since, or that another
+    version wrote, does not count: a line says so, and the stage is done again."""
     path = directory / "result.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     try:
-        result = result_type(name).parse(read_json(path), str(path))
-    except UserError:
-        return None  # written by another version: do the stage again
+        result = result_type(name).parse(read_written(path), str(path))
+    except UserError as error:
+        log.warning("%s; stage '%s' is done again", error, name)
+        return None
     return result if result.inputs_hash == digest else None
 
 
@@ -87,34 +104,79 @@ def _look_up(ctx: StageContext, stage: Stage, directory: Path) -> tuple[str, Sta
     digest = hash_json(inputs)
     finished = finished_result(directory, stage.name, digest)
     if finished is None:
-        _open_directory(directory, inputs, digest, stage.kept)
+        _open_directory(directory, stage, inputs, digest)
     return digest, finished
 
 
-def _open_directory(directory: Path, inputs: dict[str, Any], digest: str, kept: tuple[str, ...]) -> None:
-    """Keep unfinished work that belongs to these inputs; drop everything else."""
+def _open_directory(directory: Path, stage: Stage, inputs: dict[str, Any], digest: str) -> None:
+    """Keep unfinished work that belongs to these inputs; drop everything else, and say why."""
     record = directory / "inputs.json"
-    if record.is_file() and read_json(record).get("hash") != digest:
-        clear_directory(directory, keep=("log.txt", *kept))
-    (directory / "result.json").unlink(missing_ok=True)
-    write_json(record, {"hash": digest, "inputs": inputs})
+    changes = _changes(record, inputs, digest)
+    if changes is not None:
+        log.warning("stage '%s' starts over: %s", stage.name, changes)
+        clear_directory(directory, keep=("log.txt", *stage.kept))
+    remove(directory / "result.json")
+    write_json(record, {"hash": digest, "inputs": inputs} | ({} if changes is None else {"started_over": changes}))
+
+
+def _changes(record: Path, inputs: dict[str, Any], digest: str) -> str | None:
+    """Why work recorded in inputs.json does not belong to these inputs; None when it does, or there is none."""
+    if not os.path.lexists(record):
+        return None
+    try:
+        stored = read_json_object(record)
+    except UserError as error:
+        return str(error)
+    if stored.get("hash") == digest:
+        return None
+    keys = differing_keys(stored.get("inputs"), json.loads(json.dumps(inputs)))
+    shown = ", ".join(keys[:SHOWN_CHANGES]) + (" ..." if len(keys) > SHOWN_CHANGES else "")
+    return f"its inputs have changed ({shown})" if keys else f"{record} is not what was written"
+
+
+def differing_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Dotted names of what differs between two JSON values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = [*new, *(key for key in old if key not in new)]
+        found = [differing_keys(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key) for key in names]
+        return [name for part in found for name in part]
+    return [] if old == new else [prefix or "all of them"]
 
 
 def _with_status[R](ctx: StageContext, directory: Path, work: Callable[[StageContext], R]) -> R:
     """Do some work with a status.json beside it that says how it goes and how it ended."""
     status = _status_file(directory)
-    status.begin()
     try:
         with interruptible():
+            status.begin()
             result = work(StageContext(ctx.run_dir, ctx.config, status))
+    except SupersededError:
+        raise  # the status is the other attempt's
     except (Interrupted, KeyboardInterrupt) as error:
-        status.end("interrupted", str(error) or "interrupted")
+        with StopRequest():
+            status.end("interrupted", str(error) or "interrupted")
         raise
+    except DamagedError as error:
+        advised = UserError(f"{error}; {_repair(ctx, directory, error.path)}")
+        status.end("failed", str(advised))
+        raise advised from None
     except BaseException as error:
         status.end("failed", describe(error))
         raise
-    status.end("done")
+    with StopRequest():  # a request from here on is handed on when the status is written: the next stage does not start
+        status.end("done")
     return result
+
+
+def _repair(ctx: StageContext, directory: Path, damaged: Path | None) -> str:
+    """How to get a damaged checkpoint made anew, by where it lies."""
+    inside = damaged.relative_to(ctx.run_dir).parts if damaged and damaged.is_relative_to(ctx.run_dir) else ()
+    stage = "prepare" if inside[:1] == ("prepared",) else inside[1] if inside[:1] == ("stages",) else None
+    if stage is None:
+        return "give an undamaged copy"
+    if ctx.stage_dir(stage) == directory:
+        return "run again, which makes it anew"
+    return f"delete {ctx.stage_dir(stage) / 'result.json'} and run again, which makes it anew"
 
 
 def _status_file(directory: Path) -> StageStatus:

@@ -1,20 +1,18 @@
 """The processes that run a stage together: a world for the length of a worker, and work that rank 0 does for all."""
 
 import os
-import signal
+import pickle
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
-from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_jet.configs.ranks import environment_rank
-from megatron_jet.configs.signals import SIGNALS, Interrupted
 from megatron_jet.training.collectives import COLLECTIVE_TIMEOUT
 
 # How long ranks wait for one that works alone: rank 0 times generation, converts a model, or checks files for all.
@@ -54,19 +52,28 @@ def world_size() -> int:
 
 
 def on_main[T](function: Callable[[], T]) -> T:
-    """Run `function` on rank 0 and give its result to every rank; an exception is raised on every rank."""
+    """Run `function` on rank 0 and give its result to every rank; an exception, or a stop, is raised on every rank."""
     if world_size() == 1:
         return function()
     outcome: list[Any] = [None, None]
     if rank() == 0:
         try:
             outcome = [function(), None]
-        except Exception as error:
-            outcome = [None, error]
+        except BaseException as error:  # a stop signal as well: the others would wait for an answer
+            outcome = [None, _portable(error)]
     dist.broadcast_object_list(outcome, src=0, group=_WAITING.get())
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def _portable(error: BaseException) -> BaseException:
+    """The error, or one that says the same where it cannot be sent to another process."""
+    try:
+        pickle.loads(pickle.dumps(error))  # noqa: S301 (our own bytes)
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def gather[T](value: T) -> list[T]:
@@ -76,22 +83,3 @@ def gather[T](value: T) -> list[T]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value, group=_WAITING.get())
     return values
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Turn SIGTERM, SIGUSR1 and Ctrl-C into `Interrupted` at the next bytecode.
-
-    The trainer puts its own handlers in place while it runs. Everything else a stage does is either written or not, so
-    it can stop anywhere.
-    """
-
-    def stop(number: int, _frame: FrameType | None) -> None:
-        raise Interrupted(f"stopped by {signal.Signals(number).name}")
-
-    before = {number: signal.signal(number, stop) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -4,6 +4,7 @@ A candidate's result is written as soon as it is scored. Candidates may also run
 same time; each writes to its own directory only, and the stage then finds their results and ranks them.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from megatron_jet.configs.candidates import (
 )
 from megatron_jet.configs.cost import analytic_tokens_per_second, model_cost
 from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.files import hash_json, read_json, write_json
+from megatron_jet.configs.files import hash_json, read_json_object, write_json
 from megatron_jet.configs.layer_plan import LayerPlan
 from megatron_jet.configs.mixers.base import MixerConfig
 from megatron_jet.configs.model import ModelConfig
@@ -124,7 +125,10 @@ class SelectionStage:
         """An equal candidate of an earlier stage: same mixer, training, data and evaluation give the same result."""
         for stage in taken_over(ctx.config, self.name):
             for path in sorted(ctx.stage_dir(stage).glob("jobs/*/result.json")):
-                found = read_model(path, CandidateResult)
+                try:
+                    found = read_model(path, CandidateResult)
+                except UserError:
+                    continue  # not what was written: nothing to rely on
                 if found.recipe_hash == recipe and found.reused_from is None:
                     return found.replace(name=candidate.name, reused_from=stage)
         return None
@@ -152,9 +156,17 @@ class SelectionStage:
 def open_candidate(directory: Path, recipe: str) -> None:
     """Empty a candidate's directory when it belongs to another recipe. Rank 0 only."""
     record = directory / "recipe.json"
-    if record.is_file() and read_json(record).get("hash") != recipe:
+    if os.path.lexists(record) and _recorded(record) != recipe:
         clear_directory(directory, keep=("log.txt", "status.json"))
     write_json(record, {"hash": recipe})
+
+
+def _recorded(record: Path) -> Any:
+    """The hash in recipe.json; None where the file is odd."""
+    try:
+        return read_json_object(record).get("hash")
+    except UserError:
+        return None
 
 
 def candidate_model(ctx: StageContext, mixer: MixerConfig) -> ModelConfig:

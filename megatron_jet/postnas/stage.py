@@ -1,20 +1,25 @@
 """What a stage is: its inputs, its work, its place in the run directory, and pieces of work that survive a kill."""
 
+import logging
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_jet.configs.attempts import leave_if_superseded
 from megatron_jet.configs.base import StrictModel
 from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.files import read_json, write_json
+from megatron_jet.configs.files import read_written, write_checked
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.results import PrepareResult, StageResult, result_type
 from megatron_jet.configs.run import RunConfig
 from megatron_jet.configs.training import DataConfig, ParallelConfig
 from megatron_jet.postnas.processes import on_main
 from megatron_jet.postnas.status import StageStatus
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,11 +40,14 @@ class StageContext:
         return self.run_dir / "stages" / stage
 
     def result(self, stage: str) -> Any:
-        """Result of a finished stage. Raises UserError when there is none."""
+        """Result of a finished stage. Raises UserError when there is none, or one that was changed since."""
         path = self.stage_dir(stage) / "result.json"
         if not path.is_file():
             raise UserError(f"stage '{stage}' has not finished in {self.run_dir}; run it first (--stages {stage})")
-        return result_type(stage).parse(read_json(path), str(path))
+        try:
+            return result_type(stage).parse(read_written(path), str(path))
+        except UserError as error:
+            raise UserError(f"{error}; run stage '{stage}' again (--stages {stage})") from None
 
     def upstream(self, stage: str) -> dict[str, Any]:
         """A finished stage's result as input of another: everything but clock figures."""
@@ -130,17 +138,32 @@ def persisted[M: StrictModel](path: Path, kind: type[M], compute: Callable[[], M
         kind: what the file holds.
         compute: the work, run on all ranks; its value must be equal on all ranks.
     """
-    stored = on_main(lambda: read_model(path, kind) if path.is_file() else None)
+    stored = on_main(lambda: _stored(path, kind))
     if stored is not None:
         return stored
     value = compute()
-    on_main(lambda: write_json(path, value.to_dict()))
+    on_main(lambda: write_result(path, value))
     return value
 
 
+def write_result(path: Path, value: StrictModel) -> None:
+    """Keep the result of some work, unless another attempt at it has taken over. Rank 0 only."""
+    leave_if_superseded()
+    write_checked(path, value.to_dict())
+
+
+def _stored[M: StrictModel](path: Path, kind: type[M]) -> M | None:
+    """The piece of work in a file; None, with a line that says why, where it is not what was written."""
+    try:
+        return read_model(path, kind) if os.path.lexists(path) else None
+    except UserError as error:
+        log.warning("%s; done again", error)
+        return None
+
+
 def read_model[M: StrictModel](path: Path, kind: type[M]) -> M:
-    """What `persisted` wrote."""
-    stored = read_json(path)
+    """What `persisted` wrote. Raises UserError for anything else."""
+    stored = read_written(path)
     stored.pop("schema_version", None)
     return kind.parse(stored, str(path))
 

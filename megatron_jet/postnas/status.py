@@ -1,5 +1,6 @@
 """status.json of a running stage or candidate: what the launcher shows while it waits."""
 
+import math
 import os
 import socket
 import time
@@ -8,7 +9,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_jet.configs.files import read_json, write_json
+from megatron_jet.configs.attempts import leave_if_superseded
+from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.files import read_json, remove, write_json
 
 WRITE_EVERY = 1.0  # seconds; a file per training step would cost more than a small step
 LOSSES = ("loss", "feature", "kl", "cross_entropy")
@@ -35,8 +38,10 @@ class StageStatus:
 
     def begin(self) -> None:
         """Mark as running. Seconds of interrupted attempts are carried on."""
-        if self.path is not None and self.path.is_file():
-            self.seconds_before = float(read_json(self.path).get("measured", {}).get("seconds", 0.0))
+        if self.path is not None:
+            self.seconds_before = _seconds_of(self.path)
+            if self.path.is_dir():
+                remove(self.path)
         self._row = {"pid": os.getpid(), "host": socket.gethostname(), "started": _now()}
         self._write("running")
 
@@ -74,8 +79,18 @@ class StageStatus:
     def _write(self, state: State) -> None:
         self._written = time.monotonic()
         if self.path is not None:
+            leave_if_superseded()
             row = {"state": state, **self._row, "updated": _now(), "measured": {"seconds": self.seconds}}
             write_json(self.path, row)
+
+
+def _seconds_of(path: Path) -> float:
+    """Seconds of the attempts before, as far as the file tells: what a user does to it is not worth failing for."""
+    try:
+        seconds = float(read_json(path)["measured"]["seconds"])
+    except (UserError, KeyError, TypeError, ValueError):
+        return 0.0
+    return seconds if math.isfinite(seconds) else 0.0
 
 
 def _now() -> str:

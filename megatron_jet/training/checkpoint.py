@@ -6,7 +6,7 @@ import os
 import queue
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,13 @@ from megatron.core.dist_checkpointing.strategies import torch as megatron_torch_
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 
+from megatron_jet.configs.checksums import DamagedError
+from megatron_jet.configs.directories import stop_if_interrupted
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import write_json
+from megatron_jet.model.closed_pickle import closed_pickles
 from megatron_jet.model.state import local_shards, sharded_state, unwrap
+from megatron_jet.training.collectives import first_problem, on_rank_0, record_checksums, verify_checksums
 
 COMPLETE_MARK = "metadata.json"  # written last by Megatron, so a directory without it is unfinished
 MODEL_CONFIG = "model_config.json"
@@ -42,10 +46,13 @@ def save_model(chunks: list[nn.Module], path: str | Path, model_config: dict[str
     if problem is None:
         try:
             save_sharded(sharded_state(chunks), temporary)
+            if model_config is not None:
+                on_rank_0(lambda: write_json(temporary / MODEL_CONFIG, model_config))
+            record_checksums(temporary)
         except OSError as error:
             problem = str(error)
     if problem is None:
-        problem = _on_rank_0(lambda: _finish(temporary, path, model_config))
+        problem = _on_rank_0(lambda: _finish(temporary, path))
     if problem is not None:
         _on_rank_0(lambda: shutil.rmtree(temporary, ignore_errors=True))
         raise UserError(f"{path}: checkpoint cannot be written ({problem.splitlines()[0][:200]})")
@@ -64,11 +71,10 @@ def load_model(chunks: list[nn.Module], path: str | Path, strict: bool = True) -
             names one.
     """
     check_complete(path)
-    try:
-        with _quiet():
-            stored = dist_checkpointing.load_tensors_metadata(str(path))
-    except (Exception, CheckpointException) as error:  # torch raises many kinds for damaged metadata
-        raise UserError(f"{path}: checkpoint metadata cannot be read ({root_cause(error)})") from None
+    verify_checksums(Path(path))
+    stored = _read(
+        lambda: dist_checkpointing.load_tensors_metadata(str(path)), Path(path), "checkpoint metadata cannot be read"
+    )
     shapes = {shard.key: tuple(shard.global_shape) for shard in local_shards(chunks)}
     for key in sorted(set(shapes) & set(stored)):
         if shapes[key] != tuple(stored[key].global_shape):
@@ -84,11 +90,7 @@ def load_model(chunks: list[nn.Module], path: str | Path, strict: bool = True) -
     for tensors in state.values():
         for name in [name for name, shard in tensors.items() if not _keys_of(shard) <= set(stored)]:
             del tensors[name]
-    try:
-        with _quiet():
-            loaded = dist_checkpointing.load(state, str(path), validate_access_integrity=False)
-    except (Exception, CheckpointException) as error:  # the latter is not an Exception
-        raise UserError(f"{path}: checkpoint is damaged ({root_cause(error)})") from None
+    loaded = _read(lambda: dist_checkpointing.load(state, str(path), validate_access_integrity=False), Path(path))
     for i, chunk in enumerate(chunks):
         # Extra states of Transformer Engine are not part of our checkpoints, and partial loads leave tensors out.
         unwrap(chunk).load_state_dict(loaded[f"model{i}"], strict=False)
@@ -113,6 +115,7 @@ def save_sharded(state: dict[str, Any], path: str | Path) -> None:
         with _writer_errors() as errors:
             dist_checkpointing.save(state, str(path))
     except (Exception, CheckpointException) as error:  # torch's exception is no Exception
+        stop_if_interrupted(error)
         problem = (0, errors[0]) if errors else (1, root_cause(error))
     finally:
         filesystem_async._results_queue = before
@@ -141,9 +144,12 @@ def _writer_errors() -> Iterator[list[str]]:
 
 
 def load_sharded(state: dict[str, Any], path: str | Path) -> dict[str, Any]:
-    """Megatron's load of any sharded state dict, without its warnings."""
-    with _quiet():
-        return dist_checkpointing.load(state, str(path))
+    """Megatron's load of any sharded state dict, without its warnings.
+
+    Raises:
+        DamagedError: it cannot be read.
+    """
+    return _read(lambda: dist_checkpointing.load(state, str(path)), Path(path))
 
 
 def root_cause(error: BaseException) -> str:
@@ -156,6 +162,8 @@ def root_cause(error: BaseException) -> str:
         return root_cause(cause)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if isinstance(error, UserError):
+        return str(error)
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
@@ -168,10 +176,26 @@ def check_complete(path: str | Path) -> None:
         raise UserError(f"{path}: not a complete Megatron checkpoint ({COMPLETE_MARK} is missing)")
 
 
+def _read[T](action: Callable[[], T], path: Path, what: str = "checkpoint is damaged") -> T:
+    """What `action` reads. Collective: when it fails on one rank, all raise DamagedError."""
+    result, problem = None, None
+    try:
+        with _reading():
+            result = action()
+    except (Exception, CheckpointException) as error:  # torch raises many kinds, and the latter is not an Exception
+        stop_if_interrupted(error)
+        problem = root_cause(error)
+    problem = first_problem(problem)
+    if problem is not None:
+        raise DamagedError(f"{path}: {what} ({problem})", path)
+    return result
+
+
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Megatron reads metadata outside the process group and by old argument order; torch warns of both."""
-    with warnings.catch_warnings():
+def _reading() -> Iterator[None]:
+    """Reading: nothing pickled is run. Megatron reads metadata outside the process group and by old argument order;
+    torch warns of both."""
+    with warnings.catch_warnings(), closed_pickles():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         warnings.filterwarnings("ignore", message="The argument order of load has been changed")
         yield
@@ -195,10 +219,8 @@ def _prepare(temporary: Path) -> None:
     temporary.mkdir(parents=True)
 
 
-def _finish(temporary: Path, path: Path, model_config: dict[str, Any] | None) -> None:
+def _finish(temporary: Path, path: Path) -> None:
     """Put the finished directory in place; a kill in between leaves the old or the new one complete under some name."""
-    if model_config is not None:
-        write_json(temporary / MODEL_CONFIG, model_config)
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():

@@ -4,7 +4,9 @@
                               state/           optimiser, random generators, and the plain values below (torch_dist)
                               complete.json    written last: step, config hash, layout, size of every file
 
-A directory gets its final name only when complete. Newer checkpoints that turn out broken are passed over.
+model/ and state/ hold the checksums of their files (configs/checksums.py), and complete.json its own. A directory gets
+its final name only when complete. Newer checkpoints that turn out broken in any file are passed over with a line, and
+made anew. Weights or optimiser state that are not finite are not saved.
 """
 
 import logging
@@ -17,12 +19,19 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
+from megatron_jet.configs.checksums import DamagedError
 from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.files import read_json, write_json
+from megatron_jet.configs.files import hash_json, read_json_object, write_json
 from megatron_jet.training.checkpoint import load_model, root_cause, save_model, save_sharded
-from megatron_jet.training.collectives import all_ranks, from_rank_0, on_rank_0
+from megatron_jet.training.collectives import (
+    first_problem,
+    from_rank_0,
+    on_rank_0,
+    record_checksums,
+    verify_checksums,
+)
 from megatron_jet.training.optimizer import Optimizer
-from megatron_jet.training.train_state import Progress, layout, load_state, state_to_save
+from megatron_jet.training.train_state import Progress, layout, load_state, not_finite, state_to_save
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +52,11 @@ class CheckpointFolder:
         self.path = path
         self.config_hash = config_hash
         self.model_config = model_config
+        self._good: set[int] = set()  # steps whose checkpoint this process has written or read
+
+    def holds(self, step: int) -> bool:
+        """Whether a checkpoint of this step is there and known to be good."""
+        return step in self._good
 
     def directory(self, step: int) -> Path:
         return self.path / f"step-{step:08d}"
@@ -57,14 +71,17 @@ class CheckpointFolder:
             Its directory.
 
         Raises:
-            UserError: it could not be written (disk full, say); the earlier ones are as they were.
+            UserError: it could not be written (disk full, say), or holds numbers that are not finite; the earlier ones
+                are as they were.
         """
+        self._refuse_not_finite(not_finite(chunks, optimizer), progress.step)
         final = self.directory(progress.step)
         temporary = self.path / f".{final.name}.partial"
 
         def write() -> None:
             save_model(chunks, temporary / "model", self.model_config)
             save_sharded(state_to_save(chunks, optimizer, progress, data_state), temporary / "state")
+            record_checksums(temporary / "state")
 
         for action in (
             lambda: on_rank_0(lambda: _clear(temporary)),
@@ -72,39 +89,63 @@ class CheckpointFolder:
             lambda: on_rank_0(lambda: self._finish(temporary, final, progress.step)),
         ):
             self._attempt(action, final, temporary)
+        self._good.add(progress.step)
         return final
 
     def save_best(self, chunks: list[nn.Module], step: int) -> Path:
-        """Write weights alone, as the best so far."""
+        """Write weights alone, as the best so far. Raises UserError as `save` does."""
+        self._refuse_not_finite(not_finite(chunks), step)
         final = self.best_directory(step)
         save_model(chunks, final, self.model_config)
         return final
 
     def load_latest(self, chunks: list[nn.Module], optimizer: Optimizer) -> tuple[Progress, list] | None:
-        """Restore the newest complete checkpoint.
+        """Restore the newest good checkpoint; newer ones are passed over with a line that says why. Collective.
 
         Returns:
             Progress and the data states of the data-parallel ranks that saved it; None when there is no checkpoint.
 
         Raises:
-            UserError: checkpoints of another configuration, or none of those present is complete.
+            UserError: checkpoints of another configuration, or none of those present is good.
         """
-        found = from_rank_0(self._newest_complete() if dist.get_rank() == 0 else None)
-        if isinstance(found, str):
-            raise UserError(found)
-        if found is None:
-            return None
-        directory, marker = found
+        steps = from_rank_0(list(reversed(self._steps())) if dist.get_rank() == 0 else None)
+        problems = []
+        for directory in steps:
+            problem, marker = from_rank_0(check_complete(directory) if dist.get_rank() == 0 else None)
+            if problem is None and marker["config_hash"] != self.config_hash:
+                raise UserError(
+                    f"{directory} belongs to another configuration; delete {self.path} or use another directory"
+                )
+            if problem is None:
+                try:
+                    restored, problem = self._load(directory, marker, chunks, optimizer), None
+                except DamagedError as error:  # on this rank; perhaps not on the others
+                    problem = str(error)
+                problem = first_problem(problem)
+            if problem is None:
+                self._good.add(marker["step"])
+                return restored
+            problems.append(f"{directory.name}: {problem}")
+            if dist.get_rank() == 0:
+                log.warning("%s is not usable and passed over: %s", directory, problem)
+        if problems:
+            raise UserError(f"{self.path}: no usable checkpoint ({'; '.join(problems)}); delete it to start over")
+        return None
+
+    def _load(self, directory: Path, marker: dict, chunks: list[nn.Module], optimizer: Optimizer):
+        """Progress and data states of one checkpoint. Raises DamagedError, before or after some of it is loaded."""
+        verify_checksums(directory / "state")
         load_model(chunks, directory / "model")
-        progress, data_states = load_state(chunks, optimizer, directory / "state", marker["layout"])
-        return progress, data_states
+        return load_state(chunks, optimizer, directory / "state", marker["layout"])
 
-    def prune(self, best_step: int | None) -> None:
-        """Keep the last checkpoints and the best weights."""
-        on_rank_0(lambda: self._prune(best_step))
+    def prune(self, step: int, best_step: int | None) -> None:
+        """Keep the last checkpoints up to `step`, which was just saved, and the best weights."""
+        on_rank_0(lambda: self._prune(step, best_step))
 
-    def _prune(self, best_step: int | None) -> None:
-        for old in self._steps()[:-KEEP_LAST]:
+    def _prune(self, step: int, best_step: int | None) -> None:
+        newest = self.directory(step)
+        good = [path for path in self._steps() if path <= newest]  # later ones were passed over: broken
+        for old in sorted({*self._steps()} - {*good[-KEEP_LAST:]}):
             _remove(old)
         for best in self.path.glob("best-*"):
             if best_step is None or best != self.best_directory(best_step):
@@ -113,21 +154,19 @@ class CheckpointFolder:
     def _steps(self) -> list[Path]:
         return sorted(self.path.glob("step-*"))
 
-    def _newest_complete(self) -> tuple[Path, dict] | str | None:
-        """(directory, marker), None without checkpoints, or what is wrong."""
-        problems = []
-        for directory in reversed(self._steps()):
-            problem, marker = check_complete(directory)
-            if problem:
-                log.warning("%s is not usable: %s", directory, problem)
-                problems.append(f"{directory.name}: {problem}")
-            elif marker["config_hash"] != self.config_hash:
-                return f"{directory} belongs to another configuration; delete {self.path} or use another directory"
-            else:
-                return directory, marker
-        return (
-            f"{self.path}: no usable checkpoint ({'; '.join(problems)}); delete it to start over" if problems else None
+    def _refuse_not_finite(self, found: str | None, step: int) -> None:
+        """Raise UserError on all ranks when one has found a tensor that is not finite."""
+        found = first_problem(found)
+        if found is None:
+            return
+        raise UserError(
+            f"{self.path.parent}: step {step}: {found} is not finite, so no checkpoint is saved; {self._intact()}. Run "
+            "again to go on from there; if it happens again, lower optimizer.lr"
         )
+
+    def _intact(self) -> str:
+        kept = self._steps()
+        return f"{kept[-1].name} is intact" if kept else "there is no earlier one"
 
     def _attempt(self, action: Callable[[], None], final: Path, temporary: Path) -> None:
         """Run a part of saving on all ranks; when it fails on any, clean up and raise the same error on all."""
@@ -138,37 +177,40 @@ class CheckpointFolder:
             problem = str(error)
         except Exception as error:  # whatever went wrong, ranks must agree on it
             problem = root_cause(error)
-        problem = next((p for p in all_ranks(problem) if p), None)
+        problem = first_problem(problem)
         if problem is None:
             return
         if dist.get_rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         dist.barrier()
-        kept = self._steps()
-        state = f"{kept[-1].name} is intact" if kept else "there is no earlier one"
-        raise UserError(f"checkpoint {final} could not be written: {problem}; {state}. Fix this and run again")
+        raise UserError(f"checkpoint {final} could not be written: {problem}; {self._intact()}. Fix this and run again")
 
     def _finish(self, temporary: Path, final: Path, step: int) -> None:
         sizes = {str(f.relative_to(temporary)): f.stat().st_size for f in temporary.rglob("*") if f.is_file()}
-        write_json(
-            temporary / MARKER,
-            {"step": step, "config_hash": self.config_hash, "layout": layout(), "files": sizes},
-        )
+        marker = {"step": step, "config_hash": self.config_hash, "layout": layout(), "files": sizes}
+        write_json(temporary / MARKER, {**marker, "hash": hash_json(marker)})
         _replace(temporary, final)
 
 
 def check_complete(directory: Path) -> tuple[str | None, dict]:
-    """(What is wrong with a checkpoint directory or None, its marker)."""
+    """(What is wrong with a checkpoint directory at first sight or None, its marker)."""
     if not (directory / MARKER).exists():
         return f"{MARKER} is missing", {}
-    marker = read_json(directory / MARKER)
-    for name, size in marker["files"].items():
+    try:
+        marker = read_json_object(directory / MARKER)
+    except UserError as error:
+        return str(error), {}
+    own = {key: marker.get(key) for key in ("step", "config_hash", "layout", "files")}
+    odd = None in own.values() or not isinstance(own["files"], dict)
+    if odd or marker.get("hash", hash_json(own)) != hash_json(own):
+        return f"{MARKER} is not what was written", {}
+    for name, size in own["files"].items():
         path = directory / name
         if not path.exists():
-            return f"{name} is missing", marker
+            return f"{name} is missing", own
         if path.stat().st_size != size:
-            return f"{name} is truncated ({path.stat().st_size} of {size} bytes)", marker
-    return None, marker
+            return f"{name} is truncated ({path.stat().st_size} of {size} bytes)", own
+    return None, own
 
 
 def _clear(temporary: Path) -> None:

@@ -1,14 +1,22 @@
 """What to train, and what came out."""
 
+import logging
+import os
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_jet.configs.checksums import verify
+from megatron_jet.configs.directories import one_line
 from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.files import hash_json, read_json, write_json
+from megatron_jet.configs.files import hash_json, read_written, write_checked
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.training import DataConfig, ParallelConfig, TrainingConfig
+from megatron_jet.training.checkpoint import check_complete
 from megatron_jet.training.sampling import PathSampling
+
+log = logging.getLogger(__name__)
 
 RESULT_FILE = "train_result.json"
 
@@ -115,27 +123,64 @@ class TrainResult:
         for key in ("checkpoint", "best_checkpoint"):
             plain[key] = None if plain[key] is None else str(plain[key].relative_to(job.out))
         measured = {key: plain.pop(key) for key in ("seconds", "tokens_per_second")}
-        write_json(job.out / RESULT_FILE, {"config_hash": job.config_hash(), **plain, "measured": measured})
+        write_checked(job.out / RESULT_FILE, {"config_hash": job.config_hash(), **plain, "measured": measured})
 
     @classmethod
     def load(cls, job: TrainJob) -> "TrainResult | None":
-        """The result of an earlier, finished run of the same job, if there is one."""
+        """The result of an earlier, finished run of the same job, if there is one that can be used. Rank 0 only.
+
+        Where its weights are damaged, they are set aside with a line that says so, and the job starts over.
+        """
         path = job.out / RESULT_FILE
         if not path.exists():
             return None
-        plain: dict[str, Any] = read_json(path)
+        try:
+            result = cls._parse(job, read_written(path))
+        except UserError as error:
+            log.warning("%s; the end of %s is done again", error, job.name)
+            return None
+        if result is None or not result.checkpoint.exists():
+            return None
+        damaged = [problem for weights in result._weights() if (problem := _set_aside(weights)) is not None]
+        for problem in damaged:
+            log.warning("%s; %s is trained again", problem, job.name)
+        return None if damaged else result
+
+    def _weights(self) -> list[Path]:
+        return [path for path in (self.checkpoint, self.best_checkpoint) if path is not None]
+
+    @classmethod
+    def _parse(cls, job: TrainJob, plain: dict[str, Any]) -> "TrainResult | None":
+        """A result of this very job. Raises UserError for content that is none."""
         if plain.pop("config_hash", None) != job.config_hash():
             return None
-        plain.pop("schema_version")
-        measured = plain.pop("measured")
-        best = plain.pop("best_checkpoint")
-        result = cls(
-            checkpoint=job.out / plain.pop("checkpoint"),
-            best_checkpoint=None if best is None else job.out / best,
-            **plain,
-            **measured,
-        )
-        return result if result.checkpoint.exists() else None
+        try:
+            plain.pop("schema_version")
+            measured = plain.pop("measured")
+            best = plain.pop("best_checkpoint")
+            return cls(
+                checkpoint=job.out / plain.pop("checkpoint"),
+                best_checkpoint=None if best is None else job.out / best,
+                **plain,
+                **measured,
+            )
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{job.out / RESULT_FILE}: is no training result ({one_line(error)})") from None
+
+
+def _set_aside(weights: Path) -> str | None:
+    """What is wrong with finished weights. If anything is, they get another name: nobody takes them for good, and their
+    place is free. What is saved next removes them."""
+    try:
+        check_complete(weights)
+        verify(weights)
+    except UserError as error:
+        own = weights.parent if weights.name == "model" else weights
+        shutil.rmtree(own.with_name(f"damaged-{own.name}"), ignore_errors=True)
+        if own.exists():
+            os.rename(own, own.with_name(f"damaged-{own.name}"))
+        return str(error)
+    return None
 
 
 def _plain(value: Any) -> Any:

@@ -1,8 +1,8 @@
 """metrics.jsonl and TensorBoard: one row per logged step, written by rank 0."""
 
 import json
+import logging
 import math
-import os
 import resource
 from pathlib import Path
 from typing import Any, TextIO
@@ -10,6 +10,9 @@ from typing import Any, TextIO
 import torch
 
 from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.files import remove, write_text
+
+log = logging.getLogger(__name__)
 
 TENSORBOARD_KEYS = (
     "loss",
@@ -59,20 +62,26 @@ class MetricsLog:
 
 
 def cut_rows(path: Path, steps: int) -> None:
-    """Keep the rows of the first `steps` steps. A line that a kill cut in half is dropped as well."""
+    """Keep the rows of the first `steps` steps. A line that a kill cut in half is dropped as well; more that cannot be
+    read are dropped with a line that says so."""
+    if path.is_dir():
+        remove(path)
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if row["step"] <= steps:
-            kept.append(line)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    found = [_step_of(line) for line in lines]
+    kept = [line for line, step in zip(lines, found) if step is not None and step <= steps]
+    if None in found[:-1]:
+        log.warning("%s: some rows cannot be read; the curves lack them", path)
+    write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+def _step_of(line: str) -> int | None:
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 def memory_mib() -> float:

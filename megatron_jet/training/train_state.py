@@ -89,6 +89,21 @@ def load_state(chunks, optimizer: Optimizer, path: Path, saved_layout: dict) -> 
     return Progress(**loaded["progress"]), loaded["data"]
 
 
+def not_finite(chunks: list, optimizer: Optimizer | None = None) -> str | None:
+    """Name of a tensor of this rank that holds a NaN or an infinity: of the weights and of the optimiser's state."""
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if not parameter.isfinite().all():
+                return name
+    if optimizer is None:
+        return None
+    inner = optimizer.megatron.optimizer
+    main = [tensor for group in inner.param_groups for tensor in group["params"]]
+    moments = [value for state in inner.state.values() for value in state.values() if torch.is_tensor(value)]
+    bad = any(not tensor.isfinite().all() for tensor in (*main, *moments))
+    return "the optimiser's state" if bad else None
+
+
 def _metadata() -> dict:
     return {
         **CHECKPOINT_METADATA,

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_jet.configs.attempts import SupersededError, superseded
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.signals import Interrupted, StopRequest
 from megatron_jet.data.loader import DataLoader
@@ -51,7 +52,10 @@ def train(job: TrainJob, observer: Observer | None = None) -> TrainResult:
                 raise Interrupted(f"{job.name}: stopped after step {trainer.progress.step}, checkpoint saved")
             if trainer.due(job.training.checkpoint_interval):
                 trainer.save()
-        return trainer.finish()
+        result = trainer.finish()
+        if any_rank(stop.requested):  # in the last validation or save: no step came that would have looked at it
+            raise Interrupted(f"{job.name}: stopped after its last step, result saved")
+        return result
 
 
 class Trainer:
@@ -123,7 +127,8 @@ class Trainer:
         progress = self.progress
         progress.validation.append({"step": progress.step, **losses})
         self.recorder.validation(progress, losses)
-        better = progress.best_loss is None or losses["loss"] < progress.best_loss
+        best = math.inf if progress.best_loss is None else progress.best_loss
+        better = losses["loss"] < best  # never where it is not a number
         if self.job.training.keep_best and better:
             progress.best_step, progress.best_loss = progress.step, losses["loss"]
             self.folder.save_best(self.student, progress.step)
@@ -133,18 +138,19 @@ class Trainer:
         return interval > 0 and self.progress.step % interval == 0
 
     def save(self) -> None:
-        """Write a checkpoint and delete the old ones."""
+        """Write a checkpoint and delete the old ones, unless another attempt at this job has taken over."""
+        self._leave_if_superseded()
         progress = self.progress
         progress.seconds = self.seconds_before + time.monotonic() - self.started
         # Clocks differ between ranks, which Megatron reports for what all ranks save in common.
         progress.seconds, progress.step_seconds = from_rank_0((progress.seconds, progress.step_seconds))
         self.folder.save(self.student, self.optimizer, progress, self.loader.state_dict())
-        self.folder.prune(self.progress.best_step)
+        self.folder.prune(progress.step, progress.best_step)
 
     def finish(self) -> TrainResult:
-        """Save the end, unless it is saved already, and sum up."""
+        """Save the end, unless it is saved already, and sum up. A damaged one that was passed over is made anew."""
         progress, job = self.progress, self.job
-        if not self.folder.directory(progress.step).exists():
+        if not self.folder.holds(progress.step):
             self.save()
         progress.seconds = self.seconds_before + time.monotonic() - self.started
         best = self.folder.best_directory(progress.best_step) if progress.best_step is not None else None
@@ -158,8 +164,15 @@ class Trainer:
             seconds=progress.seconds,
             tokens_per_second=progress.tokens / max(progress.step_seconds, 1e-9),
         )
+        self._leave_if_superseded()
         on_rank_0(lambda: result.save(job))
         return result
+
+    def _leave_if_superseded(self) -> None:
+        """Raise SupersededError on all ranks where another attempt at this job has started since."""
+        by = from_rank_0(superseded() if self.is_main else None)
+        if by is not None:
+            raise SupersededError(by)
 
     def _build_student(self) -> list:
         job = self.job

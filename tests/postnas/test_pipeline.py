@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_jet.configs.checksums import DamagedError
 from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.files import read_json, write_json
+from megatron_jet.configs.files import hash_json, read_json, write_json
 from megatron_jet.configs.recipes.tiny import tiny
 from megatron_jet.configs.results import Measured, Scores, StageResult
 from megatron_jet.configs.signals import Interrupted
@@ -158,3 +159,94 @@ def test_stage_whose_inputs_are_missing_says_so_in_its_status(ctx):
     row = read_json(ctx.stage_dir("stage2") / "status.json")
     assert row["state"] == "failed" and "run it first (--stages " in row["message"]
     assert not (ctx.stage_dir("stage2") / "result.json").exists()
+
+
+def change_a_digit(path: Path) -> None:
+    text = path.read_text()
+    assert "1.0" in text
+    path.write_text(text.replace("1.0", "2.0"))
+
+
+def test_a_changed_result_is_noticed_and_made_again(ctx, stage, caplog):
+    first = pipeline.run_stage(ctx, "report")
+    change_a_digit(ctx.stage_dir("report") / "result.json")
+    with pytest.raises(UserError, match=r"result\.json: is not what was written .*--stages report"):
+        ctx.result("report")
+    assert pipeline.run_stage(ctx, "report") == first
+    assert stage.runs == 2 and "result.json: is not what was written" in caplog.text
+    assert ctx.result("report") == first
+
+
+def test_a_changed_piece_of_work_is_noticed_and_done_again(ctx, stage, caplog):
+    stage.before_end = [lambda ctx: os.kill(os.getpid(), signal.SIGTERM)]
+    with pytest.raises(Interrupted):
+        pipeline.run_stage(ctx, "report")
+    change_a_digit(ctx.stage_dir("report") / "piece.json")
+    stage.before_end = []
+    pipeline.run_stage(ctx, "report")
+    assert stage.pieces == 2 and "piece.json: is not what was written" in caplog.text
+    assert read_json(ctx.stage_dir("report") / "piece.json")["loss"] == {"x": 1.0}
+
+
+def test_records_without_a_hash_are_from_before_and_count(ctx, stage):
+    pipeline.run_stage(ctx, "report")
+    for path in ctx.stage_dir("report").glob("*.sha256"):
+        path.unlink()
+    pipeline.run_stage(ctx, "report")
+    assert stage.runs == 1
+
+
+def test_a_stage_that_starts_over_says_what_changed(ctx, stage, caplog):
+    stage.given = {"teacher": "a", "settings": {"steps": 1, "lr": 2.0}, "gone": 0}
+    pipeline.run_stage(ctx, "report")
+    stage.given = {"teacher": "b", "settings": {"steps": 1, "lr": 3.0}}
+    pipeline.run_stage(ctx, "report")
+    assert "stage 'report' starts over: its inputs have changed (teacher, settings.lr, gone)" in caplog.text
+    assert "settings.lr" in read_json(ctx.stage_dir("report") / "inputs.json")["started_over"]
+
+
+ODD = {
+    "list": b"[]",
+    "object": b"{}",
+    "null": b"null",
+    "text": b'"x"',
+    "null inside": b'{"hash": null, "measured": null, "inputs": null}',
+    "list inside": b'{"hash": [], "measured": [1], "inputs": 3}',
+    "cut": b'{"hash": "ab',
+    "binary": b"\xff\x00\xfe",
+    "empty": b"",
+    "folder": None,
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("name", ["inputs.json", "status.json", "result.json", "piece.json", "result.json.sha256"])
+def test_odd_records_do_not_stop_a_stage(ctx, stage, name, odd):
+    stage.before_end = [lambda ctx: os.kill(os.getpid(), signal.SIGTERM)]
+    with pytest.raises(Interrupted):
+        pipeline.run_stage(ctx, "report")
+    stage.before_end = []
+    path = ctx.stage_dir("report") / name
+    path.unlink(missing_ok=True)
+    if ODD[odd] is None:
+        path.mkdir()
+    else:
+        path.write_bytes(ODD[odd])
+    expected = hash_json({"a": 1})
+    assert pipeline.run_stage(ctx, "report").inputs_hash == expected
+    assert read_json(ctx.stage_dir("report") / "inputs.json")["hash"] == expected
+    assert status(ctx)["state"] == "done" and ctx.result("report").tokens == 7
+
+
+@pytest.mark.parametrize("where", ["prepared/teacher", "stages/stage1/jobs/x/checkpoints/step-1/model", "elsewhere"])
+def test_a_damaged_checkpoint_of_another_stage_comes_with_a_way_out(ctx, stage, where):
+    damaged = ctx.run_dir / where if where != "elsewhere" else Path("/elsewhere")
+
+    def fail(ctx):
+        raise DamagedError(f"{damaged}: x is not what was written", damaged)
+
+    stage.before_end = [fail]
+    way_out = {"prepared/teacher": "prepare/result.json and run again", "elsewhere": "give an undamaged copy"}
+    with pytest.raises(UserError, match=way_out.get(where, "delete .*stage1/result.json and run again")):
+        pipeline.run_stage(ctx, "report")
+    assert "run again" in status(ctx)["message"] or where == "elsewhere"

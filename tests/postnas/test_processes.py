@@ -8,6 +8,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
+from megatron_jet.configs.signals import Interrupted
 from megatron_jet.configs.training import ParallelConfig
 from megatron_jet.postnas import processes
 from megatron_jet.training.parallel import destroy_parallel, parallel_session
@@ -92,3 +93,29 @@ def failing_on_main(rank: int) -> str:
 
 def run_failing_on_main(port: int):
     return as_a_worker(port, failing_on_main)
+
+
+def test_a_stop_of_rank_0_is_one_on_every_rank(pool, port):
+    """The others would wait for its answer; what cannot be sent arrives in words."""
+    assert pool.run(run_stopped_on_main, port, world_size=2) == [("stopped by SIGTERM", "Local: closed")] * 2
+
+
+def stopped_on_main(rank: int) -> tuple[str, str]:
+    class Local(Exception):
+        pass
+
+    def stop() -> None:
+        raise Interrupted("stopped by SIGTERM")
+
+    def fail() -> None:
+        raise Local("closed")
+
+    with pytest.raises(Interrupted) as stopped:
+        processes.on_main(stop)
+    with pytest.raises(RuntimeError) as failed:
+        processes.on_main(fail)
+    return str(stopped.value), str(failed.value)
+
+
+def run_stopped_on_main(port: int):
+    return as_a_worker(port, stopped_on_main)

@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.files import SCHEMA_VERSION, hash_json, measured_seconds, read_json, read_json_object
+from megatron_jet.configs.files import (
+    SCHEMA_VERSION,
+    hash_json,
+    measured_seconds,
+    read_json_object,
+    read_written,
+)
 from megatron_jet.configs.overrides import load_yaml
 from megatron_jet.configs.provenance import read_provenance
 from megatron_jet.configs.results import EvaluateResult, Scores, StageResult, result_type
@@ -70,7 +76,7 @@ def read_results(run_dir: Path) -> dict[str, StageResult]:
     for stage in STAGE_ORDER:
         path = run_dir / "stages" / stage / "result.json"
         if path.is_file():
-            results[stage] = result_type(stage).parse(read_json(path), str(path))
+            results[stage] = result_type(stage).parse(read_written(path), str(path))
     return results
 
 
