@@ -115,7 +115,8 @@ def test_blends_are_compared_with_the_splits_that_they_are_drawn_from(tmp_path):
 
 
 def test_sources_that_no_stage_blends_may_be_longer(tmp_path):
-    config = jet_nemotron_2b().replace(stages=("stage1",))
+    recipe = jet_nemotron_2b()
+    config = recipe.replace(stages=("stage1",), stage1=recipe.stage1.replace(init="teacher"))
     long = index_of(text=TEXT, qa=ANSWERS, longest=9000)
     with pytest.raises(UserError, match="stage1.training.seq_length=4096: 'qa' has a sample of 9000 tokens"):
         check_data(config, long, qwen2_5_1_5b(), tmp_path)
