@@ -12,6 +12,7 @@ import pytest
 
 from fake_run import FULL, write_fake_run
 from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.estimate_text import format_count
 from megatron_jet.configs.files import read_json, write_json
 from megatron_jet.configs.overrides import dump_yaml
 from megatron_jet.configs.recipes.tiny import tiny
@@ -131,9 +132,9 @@ def test_formulas_rank_and_timings_are_shown_beside_them(run, page):
     assert search["throughput_mode"] == "analytic"
     for candidate in search["candidates"]:
         speed = candidate["measured"]["generation_tokens_per_second"]["2048"]
-        cells = f"<td>{candidate['analytic_tokens_per_second']['2048']:,.0f}</td><td>{speed:,.0f}</td>"
+        cells = f"<td>{format_count(candidate['analytic_tokens_per_second']['2048'])}</td><td>{speed:,.0f}</td>"
         assert cells in page, candidate["name"]
-    assert "tokens/s as timed on this device decides nothing" in page
+    assert "as timed on this device, which decides nothing" in page
 
 
 def test_a_candidate_that_did_not_fit_into_memory_has_no_speed_in_the_report(tmp_path):
@@ -235,7 +236,7 @@ def test_analytic_throughput_and_no_comparison_training(tmp_path):
     assert report["comparison"]["measured"]["generation_tokens_per_second"] == {}
     assert "(analytic)" in page and "by formula on one H100" in page
     assert "straight from the supernet after 120 steps" in page
-    assert "tokens/s as timed on this device" not in page.partition('<section id="sizes">')[2]
+    assert "as timed on this device" not in page.partition('<section id="sizes">')[2]
     assert not any(row["name"] == "generation speed" for row in report["measured"]["findings"])
 
 
