@@ -123,6 +123,12 @@ def with_checkpoints(folder: Path) -> Path:
     return folder / "stages/stage1/result.json"
 
 
+def began(folder: Path) -> None:
+    from megatron_jet.postnas.status import _seconds_of
+
+    assert _seconds_of(folder / "stages/stage1/status.json") >= 0
+
+
 def _seconds(folder: Path) -> None:
     _seconds_taken(folder / "stages/stage1/result.json")
 
@@ -203,6 +209,7 @@ READERS = [
     Reader("remote", written("remote.json", REMOTE), lambda f: remote_of(RunDirectory(f))),
     Reader("git_state", written("git_state.json", {"revision": "r", "dirty": False}), git_state),
     Reader("status", written("stages/stage1/status.json", STATUS), shown_status, silent=True),
+    Reader("own status", written("stages/stage1/status.json", STATUS), began, silent=True),
     Reader("lock", written(".lock", LOCK), lambda f: _read(f / ".lock"), silent=True),
     Reader("index", written("index.json", INDEX), read_index),
     Reader("teacher", written("config.json", TEACHER), lambda f: teacher_model(TeacherConfig(path=str(f)))),

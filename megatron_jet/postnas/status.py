@@ -1,6 +1,5 @@
 """status.json of a running stage or candidate: what the launcher shows while it waits."""
 
-import math
 import os
 import socket
 import time
@@ -11,7 +10,7 @@ from typing import Any, Literal
 
 from megatron_jet.configs.attempts import leave_if_superseded
 from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.files import read_json, remove, write_json
+from megatron_jet.configs.files import measured_seconds, read_json_object, remove, write_json
 
 WRITE_EVERY = 1.0  # seconds; a file per training step would cost more than a small step
 LOSSES = ("loss", "feature", "kl", "cross_entropy")
@@ -87,10 +86,9 @@ class StageStatus:
 def _seconds_of(path: Path) -> float:
     """Seconds of the attempts before, as far as the file tells: what a user does to it is not worth failing for."""
     try:
-        seconds = float(read_json(path)["measured"]["seconds"])
-    except (UserError, KeyError, TypeError, ValueError):
+        return measured_seconds(read_json_object(path)) or 0.0
+    except UserError:
         return 0.0
-    return seconds if math.isfinite(seconds) else 0.0
 
 
 def _now() -> str:
