@@ -1,7 +1,8 @@
-"""Which of the optimiser's tensors belongs to which parameter, where fp32 parameters stand among bf16 ones.
+"""Which of the optimiser's tensors belongs to which parameter. Megatron loses track of it in two places.
 
 A bf16 model has fp32 parameters (A_log of the gated delta rule). Megatron's two mixed-precision optimisers keep both
 kinds in one group and then look a parameter's state up in an order that holds only where a group is of one kind.
+And what it gathers for a checkpoint is cut up by offsets that count the padding between buckets, which it left out.
 """
 
 from collections.abc import Iterator
@@ -28,6 +29,21 @@ def index_by_main_order(optimizer: MegatronOptimizer) -> None:
     }
     assert index.keys() == optimizer.model_param_group_index_map.keys(), "every parameter has one place"
     optimizer.model_param_group_index_map = index
+
+
+def keep_bucket_padding(optimizer: MegatronOptimizer) -> None:
+    """Let the distributed optimiser's state dicts hold the padding at the end of each bucket.
+
+    The offsets by which they cut the gathered states into parameters count it. Without it, every parameter behind the
+    first bucket would be saved with a part of the next one's state: with gradients reduced in buckets (`overlap`), and
+    for a tied embedding, which has a bucket of its own in a pipeline.
+    """
+    if not isinstance(optimizer, DistributedOptimizer):
+        return
+    for buffer in optimizer.buffers:
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
+        buffer.numel_unpadded = sum(bucket.numel_unpadded for bucket in buffer.buckets)
 
 
 @contextmanager

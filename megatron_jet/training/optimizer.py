@@ -18,7 +18,12 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch import Tensor, nn
 
 from megatron_jet.configs.training import OptimizerConfig
-from megatron_jet.training.main_tensors import index_by_main_order, main_tensors, paired_in_group_order
+from megatron_jet.training.main_tensors import (
+    index_by_main_order,
+    keep_bucket_padding,
+    main_tensors,
+    paired_in_group_order,
+)
 
 
 def wrap_data_parallel(
@@ -124,6 +129,7 @@ class Optimizer:
         for group in self.megatron.param_groups:
             group["weight_decay"] = config.weight_decay * group["wd_mult"]
         index_by_main_order(self.megatron)
+        keep_bucket_padding(self.megatron)
         prime_torch_adam(self.megatron)
         self._main_tensor = main_tensors(self.megatron)
 

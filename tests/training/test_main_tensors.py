@@ -25,21 +25,31 @@ MODELS = {
     "gated_delta_net": model_with("attn", "gated_delta_net"),
     "every mixer": model_with_every_mixer(),
 }
-TP2 = ParallelConfig(tensor=2)
+TP2, PP2 = ParallelConfig(tensor=2), ParallelConfig(pipeline=2)
+TIED = ("embedding.word_embeddings.weight", "output_layer.weight")  # one weight, at both ends of a pipeline
 
 
-def optimised(model: ModelConfig, distributed: bool, fill: bool = False) -> tuple[list, list, Optimizer]:
-    """(model chunks, wrapped, optimiser); `fill` makes every weight its parameter's number."""
-    parallel = ParallelConfig(tensor=parallel_state.get_tensor_model_parallel_world_size())
+def numbered(student: list) -> dict[str, int]:
+    """A number for every parameter that no other of this pipeline stage has."""
+    return {name: 1 if name in TIED else i for i, (name, _) in enumerate(named_parameters(student), start=2)}
+
+
+def optimised(model: ModelConfig, parallel: ParallelConfig, distributed: bool, fill: bool = False):
+    """(model chunks, optimiser); `fill` makes every weight its parameter's number.
+
+    On several data-parallel ranks, gradients are reduced in small buckets, with gaps between them.
+    """
     student = built(model, parallel, dtype="bf16")
     freeze(student, ("*",))
     if fill:
-        for number, (_, parameter) in enumerate(named_parameters(student), start=1):
-            parameter.data.fill_(number)
+        numbers = numbered(student)
+        for name, parameter in named_parameters(student):
+            parameter.data.fill_(numbers[name])
     wrapped = [DistillationModel(chunk, None, LossConfig(cross_entropy=1.0), model.num_layers) for chunk in student]
-    wrapped = wrap_data_parallel(wrapped, distributed_optimizer=distributed)
+    overlap = parallel_state.get_data_parallel_world_size() > 1
+    wrapped = wrap_data_parallel(wrapped, distributed_optimizer=distributed, overlap=overlap, bucket_size=500)
     config = OptimizerConfig(lr=LR, weight_decay=0.0, clip_grad=0.0, beta1=BETA1)
-    return student, wrapped, Optimizer(wrapped, config, dtype=torch.bfloat16, distributed=distributed, undrawn=True)
+    return student, Optimizer(wrapped, config, dtype=torch.bfloat16, distributed=distributed, undrawn=True)
 
 
 def is_undrawn(name: str) -> bool:
@@ -63,29 +73,29 @@ def seen(student: list, optimizer: Optimizer) -> dict[str, dict[str, float]]:
     return found
 
 
-def saved(out: Path, distributed: bool) -> dict[str, dict]:
+def saved(out: Path, parallel: ParallelConfig, distributed: bool) -> dict[str, dict]:
     """Worker: one step of every model with recognisable gradients, saved."""
     results = {}
     for case, model in MODELS.items():
-        student, wrapped, optimizer = optimised(model, distributed, fill=True)
+        student, optimizer = optimised(model, parallel, distributed, fill=True)
         optimizer.zero_grad()
-        named = list(named_parameters(student))
-        for number, (_, parameter) in enumerate(named, start=1):
-            parameter.main_grad.fill_(number)
+        named, numbers = list(named_parameters(student)), numbered(student)
+        for name, parameter in named:
+            parameter.main_grad.fill_(numbers[name])
         optimizer.gradient_norm()
         optimizer.apply(LR, [parameter for name, parameter in named if is_undrawn(name)])
         results[case] = seen(student, optimizer)
-        results[case, "numbers"] = {name: number for number, (name, _) in enumerate(named, start=1)}
+        results[case, "numbers"] = numbers
         save_model(student, out / case / "model")
         save_sharded(state_to_save(student, optimizer, Progress(step=1), None), out / case / "state")
     return results
 
 
-def loaded(out: Path, distributed: bool) -> dict[str, dict]:
+def loaded(out: Path, parallel: ParallelConfig, distributed: bool) -> dict[str, dict]:
     """Worker: the same models anew, with what was saved."""
     results = {}
     for case, model in MODELS.items():
-        student, _, optimizer = optimised(model, distributed)
+        student, optimizer = optimised(model, parallel, distributed)
         load_model(student, out / case / "model")
         load_state(student, optimizer, out / case / "state", saved_layout={})
         results[case] = seen(student, optimizer)
@@ -93,16 +103,19 @@ def loaded(out: Path, distributed: bool) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("distributed", [True, False], ids=["distributed", "whole"])
-@pytest.mark.parametrize("first, second", [((ONE, 1), (ONE, 2)), ((ONE, 2), (ONE, 1)), ((TP2, 2), (TP2, 2))],
-                         ids=["dp1-dp2", "dp2-dp1", "tp2"])  # fmt: skip
+@pytest.mark.parametrize(
+    "first, second",
+    [((ONE, 1), (ONE, 2)), ((ONE, 2), (ONE, 1)), ((TP2, 2), (TP2, 2)), ((PP2, 2), (PP2, 2))],
+    ids=["dp1-dp2", "dp2-dp1", "tp2", "pp2"],
+)
 def test_every_parameter_has_its_own_state(pool, tmp_path, first, second, distributed):
     for folder in MODELS:
         (tmp_path / folder / "state").mkdir(parents=True)
-    before = pool.run(saved, tmp_path, distributed, layout=first[0], world_size=first[1])
-    after = pool.run(loaded, tmp_path, distributed, layout=second[0], world_size=second[1])
+    before = pool.run(saved, tmp_path, first[0], distributed, layout=first[0], world_size=first[1])
+    after = pool.run(loaded, tmp_path, second[0], distributed, layout=second[0], world_size=second[1])
     for case in MODELS:
         together = together_of(before, case)
-        numbers = before[0][case, "numbers"]
+        numbers = {name: number for rank in before for name, number in rank[case, "numbers"].items()}
         assert together.keys() == numbers.keys()
         for name, values in together.items():
             drawn, number = not is_undrawn(name), numbers[name]
