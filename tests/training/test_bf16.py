@@ -99,8 +99,9 @@ def test_resume_is_bit_exact_of_a(pool, tmp_path, case):
 def test_export_is_the_trained_model(straight, tmp_path):
     """In fp32 the two implementations agree as closely as fp32 weights do: the bf16 weights are carried over exactly.
 
-    In bf16 each strays from that by its own roundings: about a dozen per layer of at most 2^-9 of a value each, in no
-    order, so that `sqrt(12 * layers) * 2^-9` of the logits' norm is the mark for either.
+    In bf16 each strays from that by its own roundings. A layer has about 16 (norms, projections, activations, products,
+    two additions), each of at most 2^-9 of a value and in no order; 6 layers make sqrt(96) * 2^-9 = 0.02 of the logits'
+    norm, before what norms and cancelling sums add. 0.05 is the bound of tests/mixers/test_conformance.py for this.
     """
     model = changes()["model"]
     checkpoint = final_checkpoint(straight[0])
@@ -116,7 +117,6 @@ def test_export_is_the_trained_model(straight, tmp_path):
         exported = load_for_causal_lm(tmp_path / "hf").eval()
         assert exported.lm_head.weight.dtype == torch.bfloat16
         logits["export"] = exported(tokens).logits.float()
-    mark = (12 * model.num_layers) ** 0.5 * 2**-9
     for dtype in ("bf16", "export"):
         error = (logits[dtype] - logits["fp32"]).norm() / logits["fp32"].norm()
-        assert 0 < error < mark, dtype
+        assert 0 < error < 0.05, dtype
