@@ -12,12 +12,18 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch import Tensor, nn
 
 from megatron_jet.configs.training import OptimizerConfig
+from megatron_jet.training.main_tensors import (
+    index_by_main_order,
+    keep_bucket_padding,
+    main_tensors,
+    paired_in_group_order,
+)
 
 
 def wrap_data_parallel(
@@ -122,6 +128,8 @@ class Optimizer:
         (self.megatron,) = chained.chained_optimizers  # a second one exists for mixture-of-experts models only
         for group in self.megatron.param_groups:
             group["weight_decay"] = config.weight_decay * group["wd_mult"]
+        index_by_main_order(self.megatron)
+        keep_bucket_padding(self.megatron)
         prime_torch_adam(self.megatron)
         self._main_tensor = main_tensors(self.megatron)
 
@@ -153,8 +161,19 @@ class Optimizer:
                 main.grad = None
         self.megatron.step_with_ready_grads()
 
+    def sharded_state_dict(self, model_state: dict[str, Any], metadata: dict[str, Any], *, loading: bool = False):
+        """Megatron's sharded state dict: main copies of the weights and Adam's moments. Collective.
+
+        Args:
+            model_state: the model's own, which says how each parameter is sharded.
+            metadata: Megatron's choices of format.
+            loading: it will be filled from a checkpoint.
+        """
+        with self._common_step(), paired_in_group_order(self.megatron):
+            return self.megatron.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
+
     @contextmanager
-    def common_step(self) -> Iterator[None]:
+    def _common_step(self) -> Iterator[None]:
         """Inside, all of Adam's step counts are equal, which Megatron's state dicts take for granted.
 
         In a supernet they differ; train_state.py saves them one by one.
@@ -183,7 +202,8 @@ class Optimizer:
                 pipeline stage) gets the highest. Without effect where Adam keeps one count per group.
         """
         shards = state.pop("param_state", None)
-        self.megatron.load_state_dict(state)
+        with paired_in_group_order(self.megatron):
+            self.megatron.load_state_dict(state)
         states = self._states_with_step()
         common = [own.pop("step") for own in states]
         if shards is not None:
@@ -213,21 +233,6 @@ def _torch_adam() -> Iterator[None]:
         yield
     finally:
         megatron_optimizer.USING_PYTORCH_OPTIMIZER = before
-
-
-def main_tensors(optimizer: MegatronOptimizer) -> dict[nn.Parameter, Tensor]:
-    """Model parameter -> the tensor that the inner optimiser updates for it on this rank."""
-    if isinstance(optimizer, DistributedOptimizer):
-        groups = optimizer.optimizer.param_groups
-        index = getattr(optimizer, "model_param_group_index_map", {})
-        return {parameter: groups[group]["params"][order] for parameter, (group, order) in index.items()}
-    if isinstance(optimizer, Float16OptimizerWithFloat16Params):
-        pairs = [
-            *zip(optimizer.float16_groups, optimizer.fp32_from_float16_groups),
-            *zip(optimizer.fp32_from_fp32_groups, optimizer.fp32_from_fp32_groups),
-        ]
-        return {parameter: main for models, mains in pairs for parameter, main in zip(models, mains)}
-    return {parameter: parameter for parameter in optimizer.get_parameters()}
 
 
 def prime_torch_adam(optimizer: MegatronOptimizer) -> None:

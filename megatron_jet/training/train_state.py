@@ -56,10 +56,8 @@ def state_to_save(chunks, optimizer: Optimizer, progress: Progress, data_state: 
     """The sharded state dict of everything but the weights. Collective."""
     steps = _gathered_adam_steps(chunks, optimizer)
     data_states = dict(all_ranks((parallel_state.get_data_parallel_rank(), data_state)))
-    with optimizer.common_step():
-        optimizer_state = optimizer.megatron.sharded_state_dict(sharded_state(chunks), metadata=_metadata())
     return {
-        "optimizer": optimizer_state,
+        "optimizer": optimizer.sharded_state_dict(sharded_state(chunks), _metadata()),
         "rng": _rng_object(_rng_state()),
         "progress": asdict(progress),
         "adam_steps": steps,
@@ -72,12 +70,7 @@ def load_state(chunks, optimizer: Optimizer, path: Path, saved_layout: dict) -> 
 
     Random generators are restored where the layout is the one that saved.
     """
-    with optimizer.common_step():
-        wanted = {
-            "optimizer": optimizer.megatron.sharded_state_dict(
-                sharded_state(chunks), is_loading=True, metadata=_metadata()
-            )
-        }
+    wanted = {"optimizer": optimizer.sharded_state_dict(sharded_state(chunks), _metadata(), loading=True)}
     same_layout = saved_layout == layout()
     if same_layout:
         wanted["rng"] = _rng_object(None)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_jet.configs.mixers.gated_delta_net import GatedDeltaNetConfig
 from megatron_jet.configs.mixers.gla import GLAConfig
 from megatron_jet.configs.mixers.jet_block import JetBlockConfig
 from megatron_jet.configs.model import ModelConfig
@@ -29,6 +30,7 @@ SIZES = {
 MIXERS = {
     "gla": GLAConfig(num_heads=2, head_dim=8, expand_v=1.0),
     "jet": JetBlockConfig(num_heads=2, head_dim=8, expand_v=1.0),
+    "gated_delta_net": GatedDeltaNetConfig(num_heads=2, head_dim=8, expand_v=1.0),
 }
 DISTILL = LossConfig(feature=1.0, kl=0.7, cross_entropy=0.3)
 LINEAR_ONLY = ("*.self_attention.*", "!*.paths.attn.*", "!*.linear_qkv.*", "!*.linear_proj.*")
