@@ -52,7 +52,7 @@ def test_one_step_in_bf16(single_rank, entry):
     models = wrap_data_parallel(
         [DistillationModel(chunks[0], teacher[0], DISTILL, model.num_layers)], distributed_optimizer=True
     )
-    optimizer = Optimizer(models, OptimizerConfig(lr=1e-2), dtype=torch.bfloat16, distributed=True)
+    optimizer = Optimizer(models, OptimizerConfig(lr=1e-3), dtype=torch.bfloat16, distributed=True)
     loader = RandomLoader(None, "train", seq_length=SEQ, micro_batch_size=2, dp_rank=0, dp_size=1, seed=0)
     batches = take_batches(iter(loader), 2)
     losses = []
@@ -62,7 +62,7 @@ def test_one_step_in_bf16(single_rank, entry):
         losses.append(sum(named_terms(terms).values()))
         norm = optimizer.gradient_norm()
         assert 0 < norm < float("inf")
-        optimizer.apply(1e-2)
+        optimizer.apply(1e-3)
     assert all(parameter.isfinite().all() for parameter in chunks[0].parameters())
     assert losses[-1] < losses[0], losses  # the same batch four times
 

@@ -138,8 +138,8 @@ def test_the_dispatcher_reports_the_tiles_it_trains_with(hopper, caplog, monkeyp
     with caplog.at_level(logging.INFO, logger="jet_kernels.dispatch"):
         dispatch.check_training("chunk_gated_delta_rule", CUDA)
     assert "key tiles of 16, 32 or 128" in caplog.text
-    first = _operation_registries["common"]._get_sorted_backends()[0]
-    assert first.backend_type == "jet_hopper_tiles"
+    backends = _operation_registries["common"]._backends
+    assert backends["jet_hopper_tiles"].priority < backends["tilelang"].priority
 
 
 def test_key_tiles_are_never_64():
