@@ -80,6 +80,7 @@ def test_a_python_that_is_given_is_taken_as_it_is(checkout, target):
     assert "/opt/mine/python3" in with_mine and "pip" not in with_mine and ".venv" not in with_mine
 
 
+@pytest.mark.timeout(1800)
 def test_gpu_tests_collect_without_optional_packages():
     """A GPU machine may have no lm-eval, no NeMo-Run, no hypothesis; modules that need one are skipped."""
     command = [sys.executable, "-m", "pytest", "-p", "missing_packages", "-p", "no:cacheprovider", "-q"]

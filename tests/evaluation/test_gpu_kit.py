@@ -5,9 +5,12 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from evaluation.tools import ROOT
 
 
+@pytest.mark.timeout(1800)
 def test_measure_rehearsed(tmp_path):
     """No pack, no GPU: what can be imported here is, and every row of the speed table has a figure."""
     kept = {name: value for name, value in os.environ.items() if name not in ("PARTS", "TOTAL", "TRITON_PTXAS_PATH")}
