@@ -10,6 +10,9 @@ OUTPUT ?= runs/tiny
 # Two data-parallel processes use two cores better than two threads do: the tiny model's matrices are too small to share.
 NPROC ?= $(shell [ "$$(getconf _NPROCESSORS_ONLN)" -ge 2 ] && echo 2 || echo 1)
 PYTEST := $(PY) -m pytest
+# `make test-gpu PY=python3` takes that Python as it is: nothing is installed, and the sources are found by path.
+READY := $(if $(filter command,$(firstword $(origin PY))),,install)
+SOURCES := $(CURDIR):$(CURDIR)/kernels:$(CURDIR)/launcher
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
@@ -29,7 +32,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt tools/find_python.sh
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,launch,eval,dev]'
 	@touch $@
 
-test: install ## run the tests (2 cores: see README for the time it takes)
+test: $(READY) ## run the tests (2 cores: see README for the time it takes)
 	$(PYTEST) -m "not slow and not faults and not gpu and not multi_gpu and not slurm"
 
 test-oldest: $(OLDEST)/.installed ## conversion, generation and a short run with the oldest versions that pyproject.toml promises
@@ -46,20 +49,22 @@ $(OLDEST)/.installed: pyproject.toml constraints.txt tools/oldest_versions.py to
 	  pytest pytest-timeout pytest-xdist hypothesis
 	@touch $@
 
-test-slow: install ## the tests that take minutes each
+test-slow: $(READY) ## the tests that take minutes each
 	$(PYTEST) -m slow --timeout 3600
 
-test-faults: install ## runs killed at random moments end like runs left alone (minutes)
+test-faults: $(READY) ## runs killed at random moments end like runs left alone (minutes)
 	$(PYTEST) -m faults tests/faults --timeout 3600
 
 test-slurm: install ## jobs on a real Slurm, which it installs (Debian packages) and starts here; needs root (6 minutes, 2 cores)
 	bash tests/slurm/run.sh
 
-test-gpu: install ## the tests that need a GPU: one process, at most 8 minutes
-	$(PYTEST) -m gpu tests
+# One process, so whatever network there is does not matter: some GPU machines have none.
+test-gpu: $(READY) ## the tests that need a GPU: one process, at most 8 minutes; PY=python3 installs nothing
+	PYTHONPATH="$(SOURCES)$${PYTHONPATH:+:$$PYTHONPATH}" NCCL_SOCKET_IFNAME=lo GLOO_SOCKET_IFNAME=lo \
+	    $(PYTEST) -m gpu tests
 
-bench-gpu: install ## speed on a GPU, into docs/benchmarks/: models by context, kernels, training step
-	PY=$(PY) bash tools/bench_gpu.sh
+bench-gpu: $(READY) ## speed on a GPU in minutes, into docs/benchmarks/ (FULL=1: every context and peer, in hours)
+	PYTHONPATH="$(SOURCES)$${PYTHONPATH:+:$$PYTHONPATH}" PY=$(PY) bash tools/bench_gpu.sh $(if $(FULL),--full)
 
 lint: install ## ruff, as pre-commit runs it
 	$(VENV)/bin/ruff check .

@@ -5,10 +5,14 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
 
+import one_config  # noqa: E402
 from megatron_jet.training import cpu_backend  # noqa: E402
 
 cpu_backend.install()
+if torch.cuda.is_available():
+    one_config.install()  # tests ask whether numbers are right, and tuning takes a quarter of an hour
 
 from pool import Nursery, WorkerPool  # noqa: E402
 

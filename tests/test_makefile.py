@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,32 @@ def test_a_failed_installation_is_tried_again(checkout):
     assert code != 0 and calls == ["venv .venv", "pip install"]
     offline.unlink()
     assert install(checkout) == (0, ["pip install"])
+
+
+@pytest.mark.parametrize("target", ["test", "test-slow", "test-faults", "test-gpu", "bench-gpu"])
+def test_a_python_that_is_given_is_taken_as_it_is(checkout, target):
+    """Nothing is installed then, not even an environment made. Without PY the same target installs first."""
+
+    def planned(*arguments: str) -> str:
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+        command = ["make", "--dry-run", target, *arguments]
+        return subprocess.run(command, cwd=checkout, env=kept, capture_output=True, text=True, check=True).stdout
+
+    assert "pip install" in planned() and ".venv/bin/python" in planned()
+    with_mine = planned("PY=/opt/mine/python3")
+    assert "/opt/mine/python3" in with_mine and "pip" not in with_mine and ".venv" not in with_mine
+
+
+@pytest.mark.timeout(1800)
+def test_gpu_tests_collect_without_optional_packages():
+    """A GPU machine may have no lm-eval, no NeMo-Run, no hypothesis; modules that need one are skipped."""
+    command = [sys.executable, "-m", "pytest", "-p", "missing_packages", "-p", "no:cacheprovider", "-q"]
+    # Installed plugins may need such a package; without them `timeout` is a marker that nobody knows.
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    command += ["-p", "pytest_timeout"]
+    done = subprocess.run(
+        [*command, "--collect-only", "-m", "gpu", "tests"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    for module in ("kernels/test_triton_kernels.py", "gpu/test_training_gpu.py", "evaluation/test_throughput_gpu.py"):
+        assert f"tests/{module}::" in done.stdout

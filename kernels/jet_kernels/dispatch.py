@@ -6,6 +6,8 @@ Backends: `reference` (plain torch, any device), `fla` (flash-linear-attention's
 The environment variable JET_KERNELS overrides this: `auto` (the default), one backend name for every
 operation, or a list such as `auto,chunk_gla=reference`. A backend that cannot run is an error, never
 a silent change to another one.
+
+On Hopper GPUs with a Triton that is in doubt there, the first kernel chosen also chooses the assembler (`hopper.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import os
 import torch
 import torch.nn.functional as F
 
-from jet_kernels import fla_backend
+from jet_kernels import fla_backend, hopper
 from jet_kernels.dynamic_conv import reference as dynamic_conv
 from jet_kernels.gated_delta_rule import reference as gated_delta_rule
 from jet_kernels.gla import reference as gla
@@ -163,6 +165,8 @@ def check_training(operation: str, device: torch.device) -> None:
     """
     if backend(operation, device) == "fla" and operation == "chunk_gated_delta_rule":
         fla_backend.check_triton_for_backward()
+        if _on_hopper() and hopper.own_tiles():
+            _LOG.info("%s backward on %s: fla's kernel with key tiles of 16, 32 or 128", operation, device.type)
 
 
 def fast_backend(operation: str) -> str:
@@ -185,8 +189,22 @@ def _choose(operation: str, device_type: str, setting: str) -> str:
         raise RuntimeError(f"{operation} on {device_type} needs the package {' and '.join(missing)}: {fix}")
     if name != "reference" and device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(f"JET_KERNELS={setting}: the {name} backend of {operation} needs a GPU, not {device_type}")
+    if name != "reference" and _on_hopper():
+        _prepare_hopper()
     _LOG.info("%s on %s: %s backend", operation, device_type, name)
     return name
+
+
+@functools.cache
+def _prepare_hopper() -> None:
+    """Once, before the first kernel is compiled: choose and report the assembler."""
+    line = hopper.use_current_ptxas()
+    if line is not None:
+        _LOG.log(logging.INFO if hopper.own_tiles() else logging.WARNING, line)
+
+
+def _on_hopper() -> bool:
+    return torch.cuda.is_available() and "{}.{}".format(*torch.cuda.get_device_capability()) == hopper.CAPABILITY
 
 
 def _parse(setting: str) -> dict[str, str]:

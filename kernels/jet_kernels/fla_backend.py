@@ -5,10 +5,10 @@ fla is imported inside the functions: it needs Triton and takes seconds to load.
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 import torch.nn.functional as F
+
+from jet_kernels import hopper
 
 
 def chunk_gated_delta_rule(
@@ -124,22 +124,22 @@ def l2_normalize(x, eps=1e-6):
 
 
 def check_triton_for_backward() -> None:
-    """Refuse before the forward what fla refuses in the backward of the gated delta rule, and name every way out.
+    """Before a forward pass that will be differentiated: refuse where its backward would be wrong (`hopper.py`).
 
-    Triton 3.4 to 3.7.0 miscompiles a backward kernel on Hopper
-    (github.com/fla-org/flash-linear-attention, issue 640).
+    On a Hopper GPU whose Triton is in doubt, our launch of the doubtful kernel is put before fla's.
 
     Raises:
-        RuntimeError: this Triton on this GPU.
+        RuntimeError: this Triton on this GPU cannot train the gated delta rule. The line names every way out.
     """
-    from fla.utils import IS_NVIDIA_HOPPER, TRITON_ABOVE_3_4_0, TRITON_ABOVE_3_7_1
+    from fla.utils import IS_NVIDIA_HOPPER
 
-    miscompiles = IS_NVIDIA_HOPPER and TRITON_ABOVE_3_4_0 and not TRITON_ABOVE_3_7_1
-    if miscompiles and importlib.util.find_spec("tilelang") is None:
-        raise RuntimeError(
-            "the gated delta rule cannot train on this GPU with this Triton (3.4 to 3.7.0 miscompiles it on Hopper): "
-            "pip install tilelang, use triton>=3.7.1, or set JET_KERNELS=auto,chunk_gated_delta_rule=reference (slower)"
-        )
+    if not IS_NVIDIA_HOPPER:
+        return
+    problem = hopper.backward_problem()
+    if problem is not None:
+        raise RuntimeError(problem)
+    if hopper.own_tiles():
+        import jet_kernels.gated_delta_rule.hopper_backward  # noqa: F401  registers itself with fla
 
 
 def _fp32(state: torch.Tensor | None) -> torch.Tensor | None:

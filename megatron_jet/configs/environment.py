@@ -8,6 +8,7 @@ import importlib.util
 import re
 from pathlib import Path
 
+from jet_kernels import hopper
 from megatron_jet.configs.mixers.delta_rule import DeltaRuleConfig
 from megatron_jet.configs.overrides import load_yaml
 from megatron_jet.configs.run import RunConfig
@@ -15,10 +16,6 @@ from megatron_jet.configs.run import RunConfig
 MINIMUM_TORCH = (2, 9)
 MINIMUM_TRANSFORMER_ENGINE = (2, 11)  # below it, the model builder takes Megatron's own modules
 SUPPORTED_MEGATRON = "0.19.2"  # training/ uses internals of this very version, on GPUs, too
-# On Hopper these versions of Triton miscompile a backward kernel of the gated delta rule
-# (github.com/fla-org/flash-linear-attention, issue 640): from the first, up to but without the second.
-MISCOMPILING_TRITON = ((3, 4, 0), (3, 7, 1))
-HOPPER = "9.0"  # compute capability, as nvidia-smi prints it
 
 
 def megatron_problem() -> str | None:
@@ -41,18 +38,10 @@ def triton_problem(capability: str, kernels: str) -> str | None:
         capability: for example "9.0".
         kernels: value of JET_KERNELS.
     """
-    found = _version("triton")
-    if capability != HOPPER or found is None or importlib.util.find_spec("tilelang") is not None:
+    settings = {item.strip() for item in kernels.split(",")}
+    if capability != hopper.CAPABILITY or {"reference", "chunk_gated_delta_rule=reference"} & settings:
         return None
-    numbers = _numbers(found)
-    first, fixed = MISCOMPILING_TRITON
-    settings = [item.strip() for item in kernels.split(",")]
-    if not first <= numbers < fixed or {"reference", "chunk_gated_delta_rule=reference"} & set(settings):
-        return None
-    return (
-        f"triton {found} cannot train the gated delta rule on Hopper GPUs: pip install tilelang, "
-        "or set JET_KERNELS=auto,chunk_gated_delta_rule=reference (slower)"
-    )
+    return hopper.backward_problem()
 
 
 def gpu_problem(asked: int, seen: int, torch_version: str) -> str | None:

@@ -14,6 +14,7 @@ from megatron_jet.configs.recipes.tiny import tiny
 @pytest.fixture
 def installed(monkeypatch):
     """Decides which versions seem installed."""
+    monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
     versions = {"megatron-core": environment.SUPPORTED_MEGATRON, "triton": "3.6.0"}
 
     def version(name: str) -> str:
@@ -57,6 +58,41 @@ def test_triton_that_miscompiles_the_backward_is_refused_on_hopper(installed, tr
 def test_tilelang_is_a_way_out(installed):
     installed["tilelang"] = "0.1.15"
     assert environment.triton_problem("9.0", "auto") is None
+
+
+@pytest.mark.parametrize(
+    ("release", "problem"),
+    [("13.5", None), ("13.3", None), ("13.2", "is version 13.2"), ("12.8", "is version 12.8"), ("", "does not run")],
+)
+def test_a_current_ptxas_is_a_way_out(installed, tmp_path, monkeypatch, release, problem):
+    """Also where the package brings it; what TRITON_PTXAS_PATH names comes first, and is not passed over in silence."""
+    (tmp_path / "bin").mkdir()
+    ptxas = fake_ptxas(tmp_path / "bin" / "ptxas", release)
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(ptxas))
+    found = environment.triton_problem("9.0", "auto")
+    assert found is None if problem is None else problem in found and "unset it and pip install" in found
+
+    monkeypatch.delenv("TRITON_PTXAS_PATH")
+    assert "pip install 'nvidia-cuda-nvcc>=13.3'" in environment.triton_problem("9.0", "auto")
+    (tmp_path / "nvidia_cuda_nvcc-1.dist-info").mkdir()
+    (tmp_path / "nvidia_cuda_nvcc-1.dist-info" / "METADATA").write_text("Name: nvidia-cuda-nvcc\nVersion: 1\n")
+    (tmp_path / "nvidia_cuda_nvcc-1.dist-info" / "RECORD").write_text("bin/ptxas,,\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = environment.triton_problem("9.0", "auto")
+    assert found is None if problem is None else problem in found and str(ptxas) in found
+
+
+def fake_ptxas(path, release: str):
+    """A program that calls itself this release; a file that does not run for an empty one."""
+    path.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
+    path.chmod(0o755 if release else 0o644)
+    return path
+
+
+def test_fla_must_be_free_to_take_our_kernel(installed, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(fake_ptxas(tmp_path / "ptxas", "13.5")))
+    monkeypatch.setenv("FLA_DISABLE_BACKEND_DISPATCH", "1")
+    assert "unset it" in environment.triton_problem("9.0", "auto")
 
 
 def test_a_run_without_the_delta_rule_does_not_mind(installed, tmp_path):

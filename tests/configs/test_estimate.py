@@ -185,11 +185,12 @@ def test_memory_by_part():
     params = model_cost(student, 1).total_params
     one = training_memory(student, teacher, training, ParallelConfig(), "bf16", 1)
     assert (one.weights, one.gradients, one.optimizer, one.teacher) == (2 * params, 4 * params, 12 * params, 0)
-    spread = training_memory(student, teacher, training, ParallelConfig(), "bf16", 32)
+    again = training.replace(recompute=True)
+    spread = training_memory(student, teacher, again, ParallelConfig(), "bf16", 32)
     assert spread.optimizer == pytest.approx(one.optimizer / 32, abs=1)
     sharded = training_memory(student, teacher, training, ParallelConfig(tensor=2, pipeline=2), "bf16", 32)
     assert sharded.weights == pytest.approx(one.weights / 4, abs=1)
-    kept = training_memory(student, teacher, training.replace(recompute=False), ParallelConfig(), "bf16", 32)
+    kept = training_memory(student, teacher, training, ParallelConfig(), "bf16", 32)
     assert kept.activations > 4 * spread.activations
     distilled = training_memory(student, teacher, jet_nemotron_2b().stage1.training, ParallelConfig(), "bf16", 32)
     assert distilled.teacher == 2 * model_cost(teacher, 1).total_params
@@ -199,6 +200,28 @@ def test_memory_by_part():
 def from_teacher(config):
     """With a stage 1 that needs no weights of the search."""
     return config.replace(stage1=config.stage1.replace(init="teacher"))
+
+
+@pytest.mark.parametrize("recipe", [jet_nemotron_2b, jet_nemotron_4b])
+def test_paper_recipes_recompute_only_where_activations_do_not_fit(recipe):
+    """Recomputation costs a quarter of the speed. An H100 has 80 GiB; a tenth is for libraries and fragments."""
+    config, room = recipe(), 72 * 2**30
+    teacher = qwen2_5_1_5b() if recipe is jet_nemotron_2b else qwen2_5_3b()
+    needed = {stage.stage: stage.memory.total for stage in estimate_run(config, teacher).stages if stage.memory}
+    assert len(needed) == 6 and max(needed.values()) <= room
+    plain = {
+        name: config.stage(name).replace(training=config.stage(name).training.replace(recompute=False))
+        for name in needed
+    }
+    kept = {
+        stage.stage: stage.memory.total
+        for stage in estimate_run(config.replace(**plain), teacher).stages
+        if stage.memory
+    }
+    recomputed = {name for name in needed if config.stage(name).training.recompute}
+    alike = {name for name in needed if config.stage(name).training == config.hardware_search.training}
+    too_large = {name for name in kept if kept[name] > room}
+    assert too_large <= {"hardware_search"} and recomputed == (alike if too_large else set())
 
 
 def test_equal_candidates_are_counted_once():

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,7 +21,12 @@ from megatron_jet.model.builder import build_model
 from megatron_jet.model.param_table import param_table
 from megatron_jet.model.state import gather_tensors
 from megatron_jet.training.checkpoint import load_model, save_model
-from model.random_models import hf_model, models
+
+pytest.importorskip("hypothesis")
+from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+from model.random_models import hf_model, models  # noqa: E402
 
 # Two implementations in fp32: other orders of sums, other chunk algorithms. As in tests/model/test_against_hf.py.
 TOLERANCE = 1e-4

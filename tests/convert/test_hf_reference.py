@@ -4,13 +4,16 @@ Everything runs in fp64, where rounding is about 1e-16 per operation. A few hund
 the cancellation in the delta rule make that 1e-14 of the logits' size, as measured; 1e-10 is the tolerance.
 """
 
+import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
 
 from convert import hf_reference
 from convert.hf_cases import config_dict, numpy_weights, random_model, random_tokens
 from megatron_jet.convert.hf.cache import HybridCache
+
+pytest.importorskip("hypothesis")
+from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
 
 TOLERANCE = 1e-10
 # Shrinking a failure takes minutes; the failing config is printed anyway.

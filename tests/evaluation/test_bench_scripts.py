@@ -15,7 +15,9 @@ esac
 """
 
 
-def run(tmp_path: Path, script: str, **environment: str) -> tuple[subprocess.CompletedProcess, list[list[str]]]:
+def run(
+    tmp_path: Path, script: str, *options: str, **environment: str
+) -> tuple[subprocess.CompletedProcess, list[list[str]]]:
     """The script with a stand-in for python: its result, and the tools' arguments. The kernels' benchmark fails."""
     python = tmp_path / "python"
     python.write_text(STAND_IN)
@@ -24,7 +26,7 @@ def run(tmp_path: Path, script: str, **environment: str) -> tuple[subprocess.Com
     log.touch()
     settings = {"PY": str(python), "STAND_IN_LOG": str(log), **environment}
     result = subprocess.run(
-        ["bash", str(ROOT / "tools" / script), str(tmp_path / "out")],
+        ["bash", str(ROOT / "tools" / script), *options, str(tmp_path / "out")],
         env={"PATH": os.environ["PATH"], **settings},
         capture_output=True,
         text=True,
@@ -34,11 +36,25 @@ def run(tmp_path: Path, script: str, **environment: str) -> tuple[subprocess.Com
 
 def check_arguments(calls: list[list[str]]) -> None:
     for tool, *arguments in calls:
-        load_tool(Path(tool).stem).parse_arguments(arguments)  # exits on arguments that it does not know
+        load_tool(tool.removeprefix("tools/").removesuffix(".py")).parse_arguments(
+            arguments
+        )  # exits on arguments that it does not know
+
+
+def test_gpu_script_takes_minutes_unless_asked_for_all(tmp_path):
+    """Without an option, no batch search and no full prefill of large batches: those take hours."""
+    for options in ((), ("--quick",)):
+        result, calls = run(tmp_path, "bench_gpu.sh", *options, STAND_IN_GPU="NVIDIA H100 80GB HBM3")
+        check_arguments(calls[-4:])
+        tools = [Path(call[0]).stem for call in calls[-4:]]
+        assert tools == ["speed", "bench_kernels", "bench_training", "bench_training"]
+        assert "hours" not in result.stderr and "failed: kernels" in result.stderr
+    result, calls = run(tmp_path, "bench_gpu.sh", "--ful", STAND_IN_GPU="NVIDIA H100 80GB HBM3")
+    assert result.returncode == 2 and result.stderr.startswith("error: --ful: give --quick")
 
 
 def test_gpu_script_measures_every_pair_and_names_what_failed(tmp_path):
-    result, calls = run(tmp_path, "bench_gpu.sh", STAND_IN_GPU="NVIDIA H100 80GB HBM3", CONTEXTS="4096,65536")
+    result, calls = run(tmp_path, "bench_gpu.sh", "--full", STAND_IN_GPU="NVIDIA H100 80GB HBM3", CONTEXTS="4096,65536")
     check_arguments(calls)
     pairs = [(call[2], call[4]) for call in calls if call[0] == "tools/throughput.py"]
     assert pairs == [(f"Jet-Nemotron-{size}", peer) for size in ("2B", "4B") for peer in ("Qwen3-1.7B", "Qwen2.5-1.5B")]
@@ -47,6 +63,7 @@ def test_gpu_script_measures_every_pair_and_names_what_failed(tmp_path):
     assert len(set(outputs)) == len(outputs) == 7
     assert all("4096,65536" in call for call in calls[:4])
     assert result.returncode == 1 and result.stderr.splitlines()[-1] == "failed: kernels"
+    assert result.stderr.index("13 hours") < result.stderr.index("== Jet-Nemotron")  # said before it starts
 
 
 def test_gpu_script_without_a_gpu_says_so(tmp_path):

@@ -7,9 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, processors
 from tokenizers.processors import TemplateProcessing
@@ -21,12 +18,18 @@ from megatron_jet.convert.hf_package import load_for_causal_lm
 from megatron_jet.data.prepare import Request, prepare
 from megatron_jet.evaluation import harness
 from megatron_jet.evaluation.harness import EvaluationOptions, evaluate
-from megatron_jet.evaluation.harness_model import HarnessModel, share_beginnings
 from megatron_jet.evaluation.hf_scores import score_hf
 from megatron_jet.evaluation.result import EvaluationResult
 from megatron_jet.evaluation.tiny_tasks import TINY_TASKS, TOKEN_IDS, documents
 from megatron_jet.tasks.evalset import EvalSet, load_eval_sets
 from megatron_jet.teacher.model import save_tokenizer
+
+pytest.importorskip("lm_eval")
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
+
+from megatron_jet.evaluation.harness_model import HarnessModel, share_beginnings  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 TEACHER = ROOT / "megatron_jet" / "teachers" / "tiny"

@@ -1,7 +1,6 @@
 """The paper's groups: they name tasks the harness has, and their columns are the means the paper takes."""
 
 import re
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from megatron_jet.evaluation.harness import _load_tasks, preset_result, task_res
 from megatron_jet.evaluation.presets import PAPER_SCORES, PRESETS, find_preset
 from megatron_jet.evaluation.result import EvaluationResult, TaskResult
 
-HARNESS_TASKS = Path(find_spec("lm_eval").origin).parent / "tasks"
+HARNESS_TASKS = Path(pytest.importorskip("lm_eval").__file__).parent / "tasks"
 # Where the tasks of the presets lie: reading all of the harness's thousands takes long.
 FOLDERS = (
     *("arc", "bbh", "cruxeval", "fda", "gpqa", "gsm8k", "hendrycks_math", "humaneval", "longbench", "mathqa", "mbpp"),

@@ -214,6 +214,31 @@ def test_the_tokens_timed_are_the_model_s(shape):
     assert torch.equal(tokens[:, load.context + 1 :].T, first)
 
 
+@pytest.mark.parametrize(
+    ("window", "chunk", "context"),
+    [
+        (150, 7, 161),  # the ring holds more than what a chunk and its spare room take; windows are no multiple of it
+        (150, 7, 143),  # a context shorter than the window, which the new tokens fill
+        (149, 16, 145),  # a last chunk of one token
+        (500, 16, 90),  # a window that is never filled
+    ],
+)
+def test_chunks_small_against_the_window(window, chunk, context):
+    """Opening a session goes behind a context that never ran, so a window's ring must be whole by then."""
+    torch.manual_seed(0)
+    shape = PLAIN.replace(layer_plan=("attn", f"swa:{window}"))
+    model = random_model(shape, "fp32", CPU)
+    load = Load(context, batch_size=2, prefill_chunk=chunk, new_tokens=12)
+    with Session(model, load) as session:
+        assert session.cache_bytes == 2 * predicted_cache_bytes(shape, load.longest, "fp32")
+        session.run(seed=3)
+        found, tokens = session.tokens(), session._random_tokens(context, seed=3)
+    with torch.no_grad():
+        for _ in range(load.new_tokens + 1):
+            tokens = torch.cat([tokens, model(tokens, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(tokens[:, context + 1 :].T, found) and len(set(found.flatten().tolist())) > 2
+
+
 @pytest.mark.parametrize("new_tokens", [5, 100], ids=["few", "more_than_the_prompt"])
 @pytest.mark.parametrize("shape", [PLAIN, HYBRID], ids=["transformers", "hybrid"])
 def test_buffers_stay_where_they_are(monkeypatch, shape, new_tokens):

@@ -98,6 +98,14 @@ def test_two_models_in_one_file(tmp_path, config_file, quick, capsys):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_the_published_hybrid_runs_with_a_chunk_far_below_its_window(quick, capsys):
+    arguments = ["--random-weights", str(ROOT / "docs" / "benchmarks" / "configs" / "hybrid-46m.json"), "--json"]
+    arguments += ["--prefill-chunk", "64", "--contexts", "600", "--new-tokens", "2", "--batch-size", "1"]
+    assert TOOL.main([*arguments, "--iterations", "1", "--drop", "0"]) == 0
+    (row,) = ThroughputResult.parse(json.loads(capsys.readouterr().out)).rows
+    assert row.prefill_chunk == 64 and row.measured.cache_bytes == row.predicted_cache_bytes
+
+
 def test_roofline_is_the_batch_over_the_time_of_a_step(config_file):
     (row,) = comparison.compare(
         subjects(config_file, 1), replace(PROTOCOL, contexts=(16,)), CPU, SPEED, HEAD, print, lambda part: None

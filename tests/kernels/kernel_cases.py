@@ -13,9 +13,14 @@ import os
 import sys
 import time
 import traceback
+from pathlib import Path
 
-import torch
-import torch.nn.functional as F
+sys.path.append(str(Path(__file__).parents[1]))
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+import one_config  # noqa: E402
 
 
 class Bench:
@@ -119,6 +124,29 @@ def conv_saved_bytes(bench):
         fused_dynamic_conv(*args)
     allowed = sum(x.numel() * x.element_size() for x in args) + 2 * 4 * tokens + 2 * 8
     return {"saved": sum(saved.values()) / allowed}
+
+
+def hopper_case(bench, **options):
+    """The gated delta rule with our launch of fla's backward kernel, as a Hopper GPU with Triton 3.6 takes it."""
+    from jet_kernels.gated_delta_rule import hopper_backward
+
+    tiles = []
+
+    class Forced(hopper_backward.HopperTiles):
+        is_available = classmethod(lambda cls: True)
+
+        def chunk_bwd_dqkwg(self, *args, **kwargs):
+            tiles.append(hopper_backward.key_tile(options["key_dim"]))
+            return super().chunk_bwd_dqkwg(*args, **kwargs)
+
+    hopper_backward.register("common")(Forced)
+    try:
+        errors = delta_rule_case(bench, chunked=True, **options)
+    finally:
+        hopper_backward.register("common")(hopper_backward.HopperTiles)
+    if len(tiles) != 1 or 64 in tiles:
+        raise AssertionError(f"launched with key tiles {tiles}")
+    return errors
 
 
 def delta_rule_case(bench, *, chunked, time_, bounds=None, key_dim=16, value_dim=32, decay=1.0):
@@ -236,6 +264,16 @@ CASES = {
     "delta_rule_chunk": lambda b: delta_rule_case(b, chunked=True, time_=70),
     "delta_rule_chunk_packed": lambda b: delta_rule_case(b, chunked=True, time_=70, bounds=_PACKED),
     "delta_rule_recurrent": lambda b: delta_rule_case(b, chunked=False, time_=5),
+    # Our launch for Hopper: every width of key tile, one of them partly filled, then the published heads.
+    "hopper_16": lambda b: hopper_case(b, time_=70, key_dim=12),
+    "hopper_32": lambda b: hopper_case(b, time_=70, key_dim=32, bounds=_PACKED),
+    "hopper_64": lambda b: hopper_case(b, time_=70, key_dim=64),
+    "hopper_96x256": lambda b: hopper_case(b, time_=66, key_dim=96, value_dim=256, decay=0.1),
+    "hopper_128x256": lambda b: hopper_case(b, time_=200, key_dim=128, value_dim=256, decay=0.1),
+    "delta_rule_96x256": lambda b: delta_rule_case(b, chunked=True, time_=200, key_dim=96, value_dim=256, decay=0.1),
+    "delta_rule_128x256": lambda b: delta_rule_case(
+        b, chunked=True, time_=200, key_dim=128, value_dim=256, decay=0.1, bounds=[0, 1, 66, 200]
+    ),
     "gla_chunk": lambda b: gla_case(b, chunked=True, time_=70),
     "gla_chunk_packed": lambda b: gla_case(b, chunked=True, time_=70, bounds=_PACKED),
     "gla_recurrent": lambda b: gla_case(b, chunked=False, time_=5),
@@ -245,6 +283,8 @@ CASES = {
     "norms": norm_case,
     "naive": naive_case,
 }
+# The published heads, too large for the interpreter.
+GPU_ONLY = ("hopper_128x256", "delta_rule_96x256", "delta_rule_128x256")
 
 
 def main() -> None:
@@ -257,12 +297,15 @@ def main() -> None:
         if options.dtype != "float32":
             parser.error("Triton's interpreter computes wrong bf16 numbers")
         import interpreter_shim  # noqa: F401
+    else:
+        one_config.install()
     torch.set_num_threads(1)
     # Fills torch.empty with NaN, so that a kernel that reads what nobody wrote shows.
     torch.use_deterministic_algorithms(True, warn_only=True)
     os.environ["JET_KERNELS"] = "fla,fused_dynamic_conv=triton"
     report = {}
-    for name in options.cases or CASES:
+    fitting = [name for name in CASES if options.device == "cuda" or name not in GPU_ONLY]
+    for name in options.cases or fitting:
         start = time.time()
         try:
             report[name] = {"errors": CASES[name](Bench(options.device, getattr(torch, options.dtype)))}

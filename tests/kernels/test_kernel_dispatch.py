@@ -4,13 +4,14 @@ import ast
 import importlib.util
 import inspect
 import logging
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-import jet_kernels
+import jet_kernels.hopper
 from jet_kernels import dispatch
 from jet_kernels.dynamic_conv.reference import dynamic_causal_conv
 from jet_kernels.gated_delta_rule import reference as gated_delta_rule
@@ -89,6 +90,64 @@ def test_training_is_checked_before_it_begins(packages, monkeypatch):
         dispatch.check_training("chunk_gated_delta_rule", CUDA)
     monkeypatch.setenv("JET_KERNELS", "auto,chunk_gated_delta_rule=reference")
     dispatch.check_training("chunk_gated_delta_rule", CUDA)
+
+
+@pytest.fixture
+def hopper(monkeypatch, tmp_path):
+    """An H100 with Triton 3.6.0 and the path of a ptxas 13.5."""
+    import fla.utils
+
+    ptxas = tmp_path / "ptxas"
+    ptxas.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.5, V13.5.37'\n")
+    ptxas.chmod(0o755)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(fla.utils, "IS_NVIDIA_HOPPER", True)
+    monkeypatch.setattr(jet_kernels.hopper, "doubtful_triton", lambda: "3.6.0")
+    monkeypatch.setattr(jet_kernels.hopper, "find_ptxas", lambda: ptxas)
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "")
+    dispatch._prepare_hopper.cache_clear()
+    yield ptxas
+    dispatch._prepare_hopper.cache_clear()
+
+
+@pytest.mark.parametrize("operation", ["chunk_gla", "fused_dynamic_conv"])
+def test_the_first_kernel_on_hopper_chooses_and_reports_the_assembler(hopper, caplog, operation):
+    with caplog.at_level(logging.INFO, logger="jet_kernels.dispatch"):
+        assert dispatch.backend(operation, CPU) == "reference" and not os.environ["TRITON_PTXAS_PATH"]
+        dispatch.backend(operation, CUDA)
+        dispatch.backend("recurrent_gla", CUDA)
+    assert os.environ["TRITON_PTXAS_PATH"] == str(hopper)
+    said = [(r.levelname, r.getMessage()) for r in caplog.records if "ptxas" in r.getMessage()]
+    assert said == [("INFO", f"triton 3.6.0 on Hopper: ptxas 13.5 at {hopper}")]
+
+
+def test_without_a_current_assembler_the_log_warns_and_training_is_refused(hopper, caplog, monkeypatch):
+    monkeypatch.setattr(jet_kernels.hopper, "find_ptxas", lambda: None)
+    with caplog.at_level(logging.INFO, logger="jet_kernels.dispatch"):
+        dispatch.backend("chunk_gated_delta_rule", CUDA)
+    assert [r.levelname for r in caplog.records if "ptxas" in r.getMessage()] == ["WARNING"]
+    assert not os.environ["TRITON_PTXAS_PATH"]
+    with pytest.raises(RuntimeError, match="cannot train .* pip install 'nvidia-cuda-nvcc>=13.3'.* triton>=3.7.1"):
+        dispatch.check_training("chunk_gated_delta_rule", CUDA)
+
+
+def test_the_dispatcher_reports_the_tiles_it_trains_with(hopper, caplog, monkeypatch):
+    from fla.backends import _operation_registries
+
+    with caplog.at_level(logging.INFO, logger="jet_kernels.dispatch"):
+        dispatch.check_training("chunk_gated_delta_rule", CUDA)
+    assert "key tiles of 16, 32 or 128" in caplog.text
+    backends = _operation_registries["common"]._backends
+    assert backends["jet_hopper_tiles"].priority < backends["tilelang"].priority
+
+
+def test_key_tiles_are_never_64():
+    from jet_kernels.gated_delta_rule.hopper_backward import key_tile
+
+    tiles = {width: key_tile(width) for width in range(1, 257)}
+    assert set(tiles.values()) == {16, 32, 128}
+    assert all(tile >= width or tile == 128 for width, tile in tiles.items())
 
 
 def test_choice_is_logged_once(packages, caplog):

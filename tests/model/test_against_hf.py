@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from layout_runs import next_token_loss, relative_error
 from megatron_jet.configs.hf_format import model_from_hf, model_to_hf
@@ -12,7 +10,12 @@ from megatron_jet.convert.weights import megatron_to_hf
 from megatron_jet.model.builder import build_model
 from megatron_jet.model.state import gather_tensors
 from mixers.mixer_cases import model_with
-from model.random_models import hf_model, models
+
+pytest.importorskip("hypothesis")
+from hypothesis import HealthCheck, given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+from model.random_models import hf_model, models  # noqa: E402
 
 # Two implementations in fp32: other orders of sums, other chunk algorithms. See test_layouts.py for gradients.
 LOGIT_TOLERANCE = 1e-4

@@ -50,6 +50,8 @@ class Sizes:
         grid: the same of the hardware-aware search, all of one state size, the two above among them.
         checkpoint_interval: steps; about 20 minutes at the speed forecast. Signals save in between.
         paper_hours: H100-hours by stage in the paper; it gives none for 4B.
+        recompute_search: block stages recompute activations: the widest block of the grid has no room to keep them. All
+            of them, as one's candidates count for the next only if they trained alike.
     """
 
     budget: int
@@ -60,6 +62,7 @@ class Sizes:
     grid: tuple[tuple[int, int, int], ...]
     checkpoint_interval: int
     paper_hours: dict[str, float]
+    recompute_search: bool = False
 
 
 SIZES_2B = Sizes(
@@ -110,6 +113,7 @@ SIZES_4B = Sizes(
     ),
     checkpoint_interval=250,
     paper_hours={},
+    recompute_search=True,
 )
 
 
@@ -135,7 +139,6 @@ def _training(
         checkpoint_interval=checkpoint_interval,
         log_interval=10,
         nan_limit=round(steps * TOLERATED_SHARE),
-        recompute=True,
     )
 
 
@@ -165,7 +168,7 @@ def _recipe(name: str, teacher: str, sizes: Sizes) -> RunConfig:
 
     training = partial(_training, checkpoint_interval=sizes.checkpoint_interval)
     distill = LossConfig(feature=1.0, kl=1.0)
-    search = training(50e9, 1e-3, distill, LINEAR_ONLY)
+    search = training(50e9, 1e-3, distill, LINEAR_ONLY).replace(recompute=sizes.recompute_search)
     generation = ThroughputConfig(
         contexts=(65536,), batch_size=128, prefill_chunk=2048, new_tokens=128, iterations=10, dropped=3
     )

@@ -143,10 +143,7 @@ class KeyValueLayer(CacheLayer):
         needed = needed if self.window is None else min(needed, self.window)
         if held >= needed:
             return
-        slots = needed + needed // 4 + 64
-        limit = self.max_length if self.window is None else self.window
-        if limit is not None:
-            slots = max(needed, min(slots, limit))
+        slots = self._room(needed)
         grown = []
         for new, old in ((keys, self.keys), (values, self.values)):
             # Zeros, not empty: a masked slot has weight 0, and 0 times garbage may be NaN.
@@ -156,14 +153,19 @@ class KeyValueLayer(CacheLayer):
             grown.append(buffer)
         self.keys, self.values = grown
 
+    def _room(self, needed: int) -> int:
+        """Slots to allocate for `needed` tokens and some more."""
+        slots = needed + needed // 4 + 64
+        return slots if self.max_length is None else max(needed, min(slots, self.max_length))
+
 
 class SlidingWindowLayer(KeyValueLayer):
     """The last `window` keys and values of each row, in a ring."""
 
     is_sliding = True
 
-    def __init__(self, window: int) -> None:
-        super().__init__()
+    def __init__(self, window: int, max_length: int | None = None) -> None:
+        super().__init__(max_length)
         self.window = window
 
     def get_max_length(self) -> int:
@@ -215,13 +217,21 @@ class SlidingWindowLayer(KeyValueLayer):
         slots = torch.arange(held, device=lengths.device)
         return newest - (newest - slots) % self.window
 
+    def _room(self, needed: int) -> int:
+        """The whole ring at once where the length is known: a pass may then read any slot, as timing runs do, which
+        go on behind a context that never ran. Where it is not, a short text need not pay for a long window."""
+        if self.max_length is None:
+            return min(super()._room(needed), self.window)
+        return max(needed, min(self.max_length, self.window))
+
 
 class HybridCache(Cache):
     """Cache for `generate` and for chunked prefill, for a model with any mix of layers.
 
     Args:
         config: of the model.
-        max_length: tokens that it will hold at most, if known. Full-attention buffers then never grow past it.
+        max_length: tokens that it will hold at most, if known. Full-attention buffers then never grow past it, and
+            those of windows never grow.
     """
 
     def __init__(self, config: Any, max_length: int | None = None) -> None:
@@ -230,7 +240,7 @@ class HybridCache(Cache):
             if kind == "attn":
                 layers.append(KeyValueLayer(max_length))
             elif kind == "swa":
-                layers.append(SlidingWindowLayer(config.window(layer)))
+                layers.append(SlidingWindowLayer(config.window(layer), max_length))
             else:
                 layers.append(StateLayer())
         super().__init__(layers=layers)

@@ -1,0 +1,33 @@
+"""tools/gpu: the run on a GPU machine, rehearsed on this CPU with tiny models."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from evaluation.tools import ROOT
+
+
+@pytest.mark.timeout(1800)
+def test_measure_rehearsed(tmp_path):
+    """No pack, no GPU: what can be imported here is, and every row of the speed table has a figure."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("PARTS", "TOTAL", "TRITON_PTXAS_PATH")}
+    settings = {
+        "JET_GPU_DRY": "1",
+        "PYTHON": sys.executable,
+        "WORK": str(tmp_path / "work"),
+        "OUT": str(tmp_path / "out"),
+    }
+    settings |= {"PARTS": "env speed", "TOTAL": "3600", "LIMIT": "1500"}
+    done = subprocess.run(
+        ["bash", str(ROOT / "tools/gpu/measure.sh")], env=kept | settings, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = json.loads((tmp_path / "out" / "speed.json").read_text())["rows"]
+    assert [row["kind"] for row in rows] == ["decode"] * 5 + ["prefill"] * 4
+    assert all(row["tokens_per_second"] > 0 and "error" not in row for row in rows)
+    assert json.loads((tmp_path / "out" / "env.json").read_text())["versions"]["torch"]
+    defaults = list((tmp_path / "work" / "fla_configs").glob("*.json"))
+    assert len(defaults) > 20  # one configuration for each kernel that fla would tune
