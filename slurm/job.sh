@@ -46,6 +46,14 @@ postnas_note() {
     return 1
 }
 
+# Whether another attempt has begun since: Slurm took this one for dead. Then nothing here counts any more, and to queue
+# the job again would end that attempt. configs/attempts.py asks the same in the workers.
+postnas_superseded() {
+    awk -v job="$SLURM_JOB_ID" -v restart="$postnas_restart" '
+        $2 == "start" { last = $3 == job && $4 == restart; own = own || last }
+        END { exit !(own && !last) }' "$postnas_attempts" 2> /dev/null
+}
+
 # Prints three counts since this job last got further: crashes, interruptions, failed preflights.
 postnas_stalls() {
     awk -v job="$SLURM_JOB_ID" '
@@ -95,6 +103,10 @@ postnas_finish() {
     # SIGTERM is not enough: a shell that gets it just before it waits in `read` looks at it when the read is over only.
     [ -n "$postnas_guard" ] && kill -KILL "$postnas_guard" 2>/dev/null
     [ "$postnas_phase" != over ] || exit "$code"   # preflight noted its own end
+    if postnas_superseded; then
+        postnas_say "another attempt has taken over; this one leaves with exit code $code"
+        exit "$code"
+    fi
     if [ "$code" = 0 ] && postnas_has_result; then
         postnas_note end 0 "done"
         postnas_say "done"
@@ -153,6 +165,7 @@ postnas_give_up() {
 
 postnas_guard_acts() {
     local where
+    if postnas_superseded; then return; fi
     where=$(postnas_place)
     postnas_say "the time limit is $postnas_guard_seconds seconds away, in $where; queueing again"
     # The script itself may get no time for a word.

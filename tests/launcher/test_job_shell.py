@@ -286,6 +286,16 @@ def test_endless_interruptions_without_progress_come_to_an_end(slurm):
     assert "giving up: interrupted" in done.stdout
 
 
+@pytest.mark.parametrize("code", [0, 3, 75])
+def test_attempt_that_was_thought_dead_changes_nothing(slurm, code):
+    """The next attempt has begun meanwhile; queueing the job again would end it."""
+    meanwhile = 'echo "1 start 7 1 0-0 2 n[1-2]" >> "$POSTNAS_RUN_DIR/cluster/attempts/stage1.log"'
+    old = slurm.attempt(0, code, script=JOB.replace("postnas_begin", f"postnas_begin\n{meanwhile}"))
+    assert "another attempt has taken over" in old.stdout and old.returncode == code
+    assert not slurm.requeued and slurm.notes[-1].startswith("start")
+    assert slurm.attempt(1, 75).returncode == 75 and slurm.requeued  # the newer one decides as ever
+
+
 def test_usage_errors_are_final(slurm):
     assert slurm.attempt(0, 2).returncode == 2
     assert not slurm.requeued
