@@ -194,7 +194,7 @@ def interrupted(out: Path, changes: dict, step: int = 3) -> None:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_kill_and_rerun_equals_undisturbed(pool, undisturbed, tmp_path, world_size):
     with pytest.raises(AssertionError, match="worker died"):
-        pool.run(kill_worker, tmp_path, supernet(), 5, world_size=world_size, timeout=20)
+        pool.run(kill_worker, tmp_path, supernet(), 5, world_size=world_size)
     got = pool.run(train_case, tmp_path, supernet(), prepare=False, world_size=world_size)
     if world_size == 1:
         assert_equal(got[0], undisturbed["supernet"])
