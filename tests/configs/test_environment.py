@@ -15,7 +15,7 @@ from megatron_jet.configs.recipes.tiny import tiny
 def installed(monkeypatch):
     """Decides which versions seem installed."""
     monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
-    versions = {"megatron-core": environment.SUPPORTED_MEGATRON, "triton": "3.6.0"}
+    versions = {"megatron-core": environment.SUPPORTED_MEGATRON, "torch": "2.11.0", "triton": "3.6.0", "fla": "0.6.0"}
 
     def version(name: str) -> str:
         if name not in versions:

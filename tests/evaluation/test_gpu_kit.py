@@ -20,7 +20,7 @@ def test_measure_rehearsed(tmp_path):
         "WORK": str(tmp_path / "work"),
         "OUT": str(tmp_path / "out"),
     }
-    settings |= {"PARTS": "env speed", "TOTAL": "3600", "LIMIT": "1500"}
+    settings |= {"PACK": str(tmp_path / "none"), "PARTS": "env speed", "TOTAL": "3600", "LIMIT": "1500"}
     done = subprocess.run(
         ["bash", str(ROOT / "tools/gpu/measure.sh")], env=kept | settings, capture_output=True, text=True
     )
@@ -31,3 +31,12 @@ def test_measure_rehearsed(tmp_path):
     assert json.loads((tmp_path / "out" / "env.json").read_text())["versions"]["torch"]
     defaults = list((tmp_path / "work" / "fla_configs").glob("*.json"))
     assert len(defaults) > 20  # one configuration for each kernel that fla would tune
+
+
+def test_a_damaged_pack_is_one_line(tmp_path):
+    (tmp_path / "pack.tar.xz").write_bytes(b"\xfd7zXZ\0cut off")
+    settings = {"PACK": str(tmp_path / "pack.tar.xz"), "WORK": str(tmp_path / "work"), "PYTHON": sys.executable}
+    command = ["bash", str(ROOT / "tools/gpu/measure.sh")]
+    done = subprocess.run(command, env=os.environ | settings | {"OUT": ""}, capture_output=True, text=True)
+    assert done.returncode == 1 and len((done.stdout + done.stderr).splitlines()) == 1
+    assert "pack.tar.xz does not unpack; make it again" in done.stdout + done.stderr

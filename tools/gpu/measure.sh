@@ -6,14 +6,15 @@
 # What tools/gpu/pack.sh packed is unpacked first; without it the machine's own packages have to do.
 set -u -o pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 1
-kit="$PWD/tools/gpu" pack="$PWD/.gpu/pack.tar.xz" work="${WORK:-/tmp/jet-gpu}" dry="${JET_GPU_DRY:-}"
+kit="$PWD/tools/gpu" pack="${PACK:-$PWD/.gpu/pack.tar.xz}" work="${WORK:-/tmp/jet-gpu}" dry="${JET_GPU_DRY:-}"
 OUT="${OUT:-$work/out}" TOTAL="${TOTAL:-540}" python="${PYTHON:-python3}"
 PARTS="${PARTS:-env tests kernels train speed more te quickstart}"
 mkdir -p "$work/run" "$OUT" && rm -rf "$work/run"
 exec > >(tee "$OUT/output.txt") 2>&1
 
 if [ -f "$pack" ]; then
-  "$python" -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter="tar")' "$pack" "$work" || exit 1
+  "$python" -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter="tar")' "$pack" "$work" 2> /dev/null ||
+    { echo "error: $pack does not unpack; make it again with tools/gpu/pack.sh" >&2; exit 1; }
 elif [ -z "$dry" ]; then
   echo "note: no .gpu/pack.tar.xz here (tools/gpu/pack.sh makes it); this machine's own packages have to do"
 fi

@@ -20,7 +20,8 @@ for tag in manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux2014; do platfo
 "$python" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.12 \
   --implementation cp "${platforms[@]}" -d .cache/gpu-wheels "${wanted[@]}" 2> .cache/gpu-pip.log || { cat .cache/gpu-pip.log >&2; exit 1; }
 "$python" "$here/unpack.py" .cache/gpu-wheels .cache/gpu-stage $te
-tar -C .cache/gpu-stage --sort=name --owner=0 --group=0 -cf - . | xz -T1 -6 > .gpu/pack.tar.xz
+tar -C .cache/gpu-stage --sort=name --owner=0 --group=0 -cf - . | xz -T1 -6 > .gpu/partial
+mv .gpu/partial .gpu/pack.tar.xz
 
 # What can be checked here: everything imports from the pack, against the torch of this checkout's environment.
 if "$python" -c 'import torch' 2>/dev/null; then
