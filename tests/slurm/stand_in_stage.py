@@ -7,7 +7,7 @@ out or done by half shows. STAND_IN says how targets behave, `target=behaviour` 
     crash_once@K  exits 1 at step K the first time
     kill@K        the last process kills itself with SIGKILL at step K the first time
     deaf          does not hear SIGUSR1, and holds as below
-    long          takes 400 steps
+    long          takes 400 steps, and in its first attempt no last one before it is stopped
     hold          takes no last step before the run directory has a file `release`
     usage         exits 2
 """
@@ -40,10 +40,19 @@ class Worker:
         self.behaviour, _, at = wanted.get(target, "").partition("@")
         self.at = int(at or -1)
         self.steps = 400 if self.behaviour == "long" else int(os.environ.get("STAND_IN_STEPS", "12"))
+        self.holds = self.behaviour in ("hold", "deaf") or (self.behaviour == "long" and self._is_first())
         self.stopped_by = ""
         for number in (signal.SIGTERM, signal.SIGUSR1):
             if not (self.behaviour == "deaf" and number == signal.SIGUSR1):
                 signal.signal(number, self._stop)
+
+    def _is_first(self) -> bool:
+        """Whether no attempt was here before. However slow those are who watch, they find the first one at work."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        marker = self.directory / f"began-{self.rank}"
+        first = not marker.exists()
+        marker.touch()
+        return first
 
     def _stop(self, number: int, frame: object) -> None:
         self.stopped_by = signal.Signals(number).name
@@ -59,11 +68,7 @@ class Worker:
         while step < self.steps:
             self._misbehave(step)
             time.sleep(STEP_SECONDS)
-            if (
-                self.behaviour in ("hold", "deaf")
-                and step == self.steps - 1
-                and not (self.release.exists() or self.stopped_by)
-            ):
+            if self.holds and step == self.steps - 1 and not (self.release.exists() or self.stopped_by):
                 continue
             step, value = step + 1, (value * 1103515245 + 12345) % 2**31
             stop = self._agree_to_stop(step)
