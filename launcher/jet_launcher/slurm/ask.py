@@ -73,8 +73,8 @@ def ask(command: list[str]) -> Answer:
 
 
 def submitted_id(said: str) -> str | None:
-    """The job ID in what sbatch printed: `11`, or `11;cluster` where it named one. None unless one line fits, or several
-    that name the same job."""
+    """The job ID in what sbatch printed: `11`, or `11;cluster` where it named one. None unless one line fits, or
+    several that name the same job."""
     lines = (_COLOUR.sub("", line).strip() for line in said.splitlines())
     found = [match for match in map(_SUBMITTED.fullmatch, lines) if match]
     numbers = {match.group("number") for match in found}
