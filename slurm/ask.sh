@@ -14,9 +14,12 @@ postnas_forget_filters() {
     unset "${!SQUEUE_@}" "${!SACCT_@}" "${!SCANCEL_@}" "${!SCONTROL_@}" "${!SBATCH_@}" SLURM_CLUSTERS SLURM_TIME_FORMAT
 }
 
+# What a command printed without colours for a terminal and without carriage returns.
+postnas_plain() { LC_ALL=C sed -e $'s/\e\\[[0-9;?]*[@-~]//g' -e $'s/\e[()][A-Za-z0-9]//g' -e $'s/\r$//'; }
+
 # A field of this job as scontrol shows it, if its value fits the pattern.
 postnas_job_field() {
-    scontrol show job --oneliner "$SLURM_JOB_ID" 2> /dev/null |
+    scontrol show job --oneliner "$SLURM_JOB_ID" 2> /dev/null | postnas_plain |
         sed -n "s/^\(JobId=$SLURM_JOB_ID .*\)$/\1/p" | grep -oE " $1=$2( |\$)" | head -n 1 | sed 's/^[^=]*=//; s/ $//'
 }
 
@@ -24,7 +27,7 @@ postnas_job_field() {
 # state are no word about the job: scontrol is asked then, too.
 postnas_state() {
     local said word
-    said=$(squeue --noheader --states=all --jobs="$SLURM_JOB_ID" --format=%T 2>&1)
+    said=$(squeue --noheader --states=all --jobs="$SLURM_JOB_ID" --format=%T 2>&1 | postnas_plain)
     word=$(grep -oE "^($postnas_states)[[:space:]]*\$" <<< "$said" | head -n 1 | tr -d '[:space:]')
     [ -n "$word" ] || word=$(postnas_job_field JobState '[A-Z_]+')
     [ -n "$word" ] || [[ $said != *"Invalid job id"* ]] || word=gone
@@ -57,13 +60,13 @@ postnas_requeue() {
 
 # The head node's address as Slurm knows it; `hostname -i` may name an interface that other nodes cannot reach.
 postnas_head_address() {
-    scontrol show node --oneliner "$1" | grep -oE ' NodeAddr=[A-Za-z0-9_.:%-]+( |$)' | head -n 1 | sed 's/.*=//; s/ $//'
+    scontrol show node --oneliner "$1" | postnas_plain | grep -oE ' NodeAddr=[A-Za-z0-9_.:%-]+( |$)' | head -n 1 | sed 's/.*=//; s/ $//'
 }
 
 # The nodes of this job, one a line.
 postnas_nodes() {
     local name
-    scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -xE '[A-Za-z0-9_][A-Za-z0-9_.-]*' | while read -r name; do
+    scontrol show hostnames "$SLURM_JOB_NODELIST" | postnas_plain | grep -xE '[A-Za-z0-9_][A-Za-z0-9_.-]*' | while read -r name; do
         [[ $SLURM_JOB_NODELIST != *"${name%%[0-9]*}"* ]] || echo "$name"
     done | tail -n "$SLURM_JOB_NUM_NODES"
 }

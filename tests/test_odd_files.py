@@ -29,6 +29,7 @@ from jet_launcher.stage_status import read_stage, read_status, run_state
 from launcher.cluster_place import TEACHER
 from megatron_jet.configs.cluster import ClusterConfig
 from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.hf_format import model_from_hf
 from megatron_jet.configs.lock import _read
 from megatron_jet.configs.overrides import dump_yaml
 from megatron_jet.configs.provenance import read_provenance
@@ -160,6 +161,105 @@ def submitted(folder: Path) -> Path:
     return path
 
 
+def inputs_of_a_stage(folder: Path) -> None:
+    from megatron_jet.postnas.pipeline import _changes
+
+    _changes(folder / "inputs.json", {**INPUTS, "data": ["x", "3.12"]}, "digest")
+
+
+def candidate_recipe(folder: Path) -> None:
+    from megatron_jet.postnas.selection import _recorded
+
+    _recorded(folder / "recipe.json")
+
+
+def written_results(folder: Path) -> Path:
+    """A train_result.json with the hash that it was written with, and a result of a stage, too."""
+    from megatron_jet.configs.files import write_checked
+
+    (folder / "w").mkdir()
+    content = {"config_hash": "h", "checkpoint": "w", "best_checkpoint": None, "steps": 3, "tokens": 9}
+    content |= {"final_losses": {"total": 1.0}, "validation": [{"step": 1, "total": 2.0}]}
+    write_checked(folder / "train_result.json", content | {"measured": {"seconds": 1.0, "tokens_per_second": 2.0}})
+    return folder / "train_result.json"
+
+
+def train_result(folder: Path) -> None:
+    """As it is, and as if an older version had written it, which made no hash."""
+    from megatron_jet.training.job import TrainResult
+
+    for hashed in (True, False):
+        if not hashed:
+            (folder / "train_result.json.sha256").unlink()
+        TrainResult.load(SimpleNamespace(out=folder, name="stage1", config_hash=lambda: "h"))
+    (folder / "train_result.json.sha256").write_text(SHA)
+
+
+def stage_result(folder: Path) -> None:
+    from megatron_jet.postnas.stage import read_model
+
+    read_model(folder / "r.json", type(RESULTS["stage1"]))
+
+
+def checkpoint_marker(folder: Path) -> None:
+    from megatron_jet.training.checkpoint_folder import check_complete
+
+    check_complete(folder)
+
+
+def curves_of_a_job(folder: Path) -> None:
+    from megatron_jet.training.metrics import cut_rows
+
+    before = (folder / "metrics.jsonl").read_bytes() if (folder / "metrics.jsonl").is_file() else None
+    cut_rows(folder / "metrics.jsonl", 2)
+    if before is not None:
+        (folder / "metrics.jsonl").write_bytes(before)
+    else:
+        (folder / "metrics.jsonl").mkdir(exist_ok=True)
+
+
+def tokenizer_folder(name: str) -> Callable[[Path], Path]:
+    """The teacher's tokenizer, without its tokens but for a few: the file is damaged key by key."""
+    tiny_teacher = Path(__file__).parents[1] / "megatron_jet" / "teachers" / "tiny"
+
+    def prepare(folder: Path) -> Path:
+        for file in ("config.json", "tokenizer.json"):
+            (folder / file).write_bytes((tiny_teacher / file).read_bytes())
+        return folder / name
+
+    return prepare
+
+
+def tokenizer(folder: Path) -> None:
+    from megatron_jet.data.tokenizer import read_tokenizer
+
+    read_tokenizer(folder)
+
+
+def model_beside_weights(folder: Path) -> None:
+    from megatron_jet.convert.hf_export import checkpoint_config
+
+    checkpoint_config(folder)
+
+
+def names_of_weights(folder: Path) -> None:
+    from megatron_jet.convert.hf_files import _read_index
+
+    _read_index(folder / "model.safetensors.index.json")
+
+
+def published_config(folder: Path) -> None:
+    from megatron_jet.convert.hf_package import hf_config
+
+    model_from_hf(hf_config(folder), str(folder / "config.json"))
+
+
+def earlier_output(folder: Path) -> None:
+    from megatron_jet.convert.outputs import not_an_export, not_an_import
+
+    not_an_import(folder), not_an_export(folder)
+
+
 def safetensors_index(folder: Path) -> Path:
     teacher = folder / "teacher"
     written("config.json", TEACHER)(teacher)
@@ -191,6 +291,9 @@ CLUSTER = {
     "tunnel": {"kind": "ssh", "host": "h", "port": 22},
     "preflight": {"free_disk_gib": 1.0, "timeout_seconds": 9},
 }
+INPUTS = {"teacher": SHA, "data": ["x"]}
+MARKER = {"step": 4, "config_hash": "h", "layout": {"tensor": 1}, "files": {"complete.json": 9}}
+MODEL = teacher_model(tiny().teacher).to_dict()
 LOCK = {"pid": 1, "host": "h", "since": 1.0}
 REMOTE = {"tunnel": {"kind": "ssh", "host": "h"}, "path": "/p", "code": "/c"}
 RESULTS = {result.stage: result for result in (*other_results(), *selections(), *training_stages())}
@@ -218,6 +321,18 @@ READERS = [
     Reader("scores of a run", in_fake_run("stages/evaluate/result.json"), lambda f: _scores_of_run(f)),
     Reader("neighbour", in_fake_run("stages/stage1/result.json"), _seconds, silent=True),
     Reader("clean", with_checkpoints, lambda f: _named_checkpoints(RunDirectory(f)), deep=False),
+    Reader("inputs", written("inputs.json", {"hash": SHA, "inputs": INPUTS}), inputs_of_a_stage, silent=True),
+    Reader("candidate", written("recipe.json", {"hash": SHA}), candidate_recipe, silent=True),
+    Reader("train result", written_results, train_result, silent=True),
+    Reader("stage result", written("r.json", RESULTS["stage1"].to_dict()), stage_result, deep=False),
+    Reader("checkpoint", written("complete.json", MARKER), checkpoint_marker, silent=True),
+    Reader("curves", written("metrics.jsonl", {"step": 1, "split": "train"}), curves_of_a_job, silent=True),
+    Reader("tokenizer config", tokenizer_folder("config.json"), tokenizer),
+    Reader("tokenizer", tokenizer_folder("tokenizer.json"), tokenizer, deep=False),
+    Reader("model config", written("model_config.json", MODEL), model_beside_weights),
+    Reader("weights by name", written("model.safetensors.index.json", {"weight_map": {"a": "b"}}), names_of_weights),
+    Reader("export", written("config.json", TEACHER), published_config),
+    Reader("earlier import", written("metadata.json", {"sharded_backend": "x"}), earlier_output, silent=True),
     *(
         Reader(f"result of {stage}", written("r.json", result.to_dict()), lambda f, stage=stage: _parse(stage, f))
         for stage, result in RESULTS.items()

@@ -12,6 +12,7 @@ import yaml
 
 from megatron_jet.configs.cluster import ClusterConfig, TunnelConfig
 from megatron_jet.configs.errors import UserError, usage_errors
+from megatron_jet.configs.files import home_expanded
 from megatron_jet.configs.overrides import load_yaml
 from megatron_jet.configs.yaml_loader import BoundedLoader
 
@@ -73,7 +74,7 @@ def ssh_tunnel(name_or_file: str, environment: Mapping[str, str] = os.environ) -
 def find_cluster(name_or_file: str, environment: Mapping[str, str] = os.environ) -> Path:
     """Path of the cluster file. Raises UserError that lists the known names."""
     if "/" in name_or_file or name_or_file.endswith((".yaml", ".yml")):
-        path = Path(name_or_file).expanduser()
+        path = home_expanded(name_or_file, "--cluster")
         if not path.is_file():
             raise UserError(f"{name_or_file}: no such cluster file")
         return path
@@ -99,8 +100,10 @@ def known_clusters(environment: Mapping[str, str] = os.environ) -> dict[str, Pat
 
 def user_folder(environment: Mapping[str, str] = os.environ) -> Path:
     """The user's own cluster files: $XDG_CONFIG_HOME (or ~/.config) /megatron_jet/clusters."""
-    base = environment.get("XDG_CONFIG_HOME") or str(Path(environment.get("HOME", "~")).expanduser() / ".config")
-    return Path(base) / "megatron_jet" / "clusters"
+    base = Path(environment.get("XDG_CONFIG_HOME") or environment.get("HOME", "~") + "/.config")
+    with suppress(RuntimeError):  # containers may run as a user whom nobody knows
+        base = base.expanduser()
+    return base / "megatron_jet" / "clusters"
 
 
 def expand(value: Any, environment: Mapping[str, str], where: str, path: tuple[str, ...] = ()) -> Any:

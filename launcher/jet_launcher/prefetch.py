@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_jet.configs.errors import UserError, usage_errors
-from megatron_jet.configs.files import read_json_object
+from megatron_jet.configs.files import home_expanded, read_json_object
 from megatron_jet.configs.run import RunConfig
 from megatron_jet.configs.teacher_source import BUNDLED
 
@@ -41,13 +41,13 @@ def needed(config: RunConfig) -> list[Item]:
     for what, text in paths.items():
         if text is None or text.startswith(BUNDLED):
             continue
-        path = Path(text).expanduser()
+        path = home_expanded(text, what)
         marker = "config.json" if what == "teacher.path" else "tokenizer.json"
         repository = HUB.get(path.name)
         hint = "" if repository else f"put a Hugging Face directory there, or name it like one of {', '.join(HUB)}"
         items.append(Item(what, path, _complete(path, marker), repository, hint))
     if config.data.path != "bundled":
-        path = Path(config.data.path).expanduser()
+        path = home_expanded(config.data.path, "data.path")
         hint = f"make it: python tools/prepare_data.py FILES {path} --tokenizer {config.teacher.path}"
         items.append(Item("data.path", path, (path / "index.json").is_file(), hint=hint))
     return items

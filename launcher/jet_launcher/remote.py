@@ -28,7 +28,7 @@ from jet_launcher.slurm.package import code_digest, code_files
 from megatron_jet.configs.base import StrictModel
 from megatron_jet.configs.cluster import TunnelConfig
 from megatron_jet.configs.errors import UsageError, UserError
-from megatron_jet.configs.files import SCHEMA_VERSION, read_json, write_json, write_text
+from megatron_jet.configs.files import SCHEMA_VERSION, home_expanded, read_json, write_json, write_text
 from megatron_jet.configs.overrides import dump_yaml
 from megatron_jet.configs.run import RunConfig
 
@@ -155,7 +155,7 @@ def ssh_command(tunnel: TunnelConfig) -> list[str]:
     """ssh with the tunnel's options, up to the host."""
     options = ["-o", "BatchMode=yes"]
     options += ["-p", str(tunnel.port)] if tunnel.port else []
-    options += ["-i", str(Path(tunnel.identity).expanduser())] if tunnel.identity else []
+    options += ["-i", str(home_expanded(tunnel.identity, "tunnel.identity"))] if tunnel.identity else []
     return ["ssh", *options, f"{tunnel.user}@{tunnel.host}" if tunnel.user else str(tunnel.host)]
 
 

@@ -54,6 +54,14 @@ def write_text(path: str | Path, text: str, mode: int = 0o666) -> None:
         raise
 
 
+def home_expanded(text: str, what: str) -> Path:
+    """A path with `~` and `~user` replaced. Raises UserError, which begins with `what`, where nobody has that home."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(f"{what}={text}: there is no such home directory; write the path in full") from None
+
+
 def remove(path: Path) -> None:
     """Delete what is there under a file's name, a directory included; nothing is fine, too."""
     if path.is_dir() and not path.is_symlink():

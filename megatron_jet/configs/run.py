@@ -80,13 +80,15 @@ class RunConfig(StrictModel):
         for stage in self.stages:
             if stage not in STAGE_ORDER:
                 raise UserError(f"stages: unknown stage '{stage}'; known: {', '.join(STAGE_ORDER)}")
-        for where, names in (
-            ("placement.linear", (self.placement.linear,)),
-            ("block_selection.candidates", self.block_selection.candidates),
-            ("new_block.candidates", self.new_block.candidates),
+        resized = self.hardware_search.mixer
+        for where, names, suffix in (
+            ("placement.linear", (self.placement.linear,), ""),
+            ("block_selection.candidates", self.block_selection.candidates, "_static"),
+            ("new_block.candidates", self.new_block.candidates, "_static"),
+            ("hardware_search.mixer", () if resized is None else (resized,), ""),
         ):
             for name in names:
-                if name.removesuffix("_static") not in self.mixers:
+                if name.removesuffix(suffix) not in self.mixers:
                     raise UserError(f"{where}: '{name}' has no entry in mixers; known: {', '.join(self.mixers)}")
         if self.student_plan is not None:
             self._check_known_architecture(self.student_plan)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_jet.configs.errors import UserError, usage_errors
-from megatron_jet.configs.files import read_json
+from megatron_jet.configs.files import home_expanded, read_json
 from megatron_jet.configs.hf_format import model_from_hf
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.recipes.known_models import KNOWN_MODELS
@@ -41,6 +41,7 @@ def expand_paths(config: RunConfig, environment: Mapping[str, str] = os.environ)
     tokenizer = teacher.tokenizer and expand_variables(teacher.tokenizer, "teacher.tokenizer", environment)
     path = expand_variables(teacher.path, "teacher.path", environment)
     data = expand_variables(config.data.path, "data.path", environment)
+    data = str(home_expanded(data, "data.path")) if data.startswith("~") else data  # nobody after this does
     return config.replace(teacher=TeacherConfig(path=path, tokenizer=tokenizer), data=config.data.replace(path=data))
 
 
@@ -52,7 +53,7 @@ def resolve_teacher(teacher: TeacherConfig) -> Path:
     """
     if teacher.path.startswith(BUNDLED):
         return _bundled(teacher.path.removeprefix(BUNDLED))
-    path = Path(teacher.path).expanduser()
+    path = home_expanded(teacher.path, "teacher.path")
     if not path.is_dir():
         raise UserError(f"teacher.path={teacher.path}: no such directory; give a Hugging Face model directory")
     if not (path / "config.json").is_file():
@@ -65,7 +66,7 @@ def tokenizer_directory(teacher: TeacherConfig) -> Path:
     given = teacher.tokenizer
     if given is None or given.startswith(BUNDLED):
         return resolve_teacher(teacher)
-    path = Path(given).expanduser()
+    path = home_expanded(given, "teacher.tokenizer")
     if not path.is_dir():
         raise UserError(f"teacher.tokenizer={given}: no such directory")
     return path

@@ -182,6 +182,8 @@ def test_overrides_reach_every_depth_and_leave_the_rest():
         ("hardware_search.grid=[{d_k: 8, d_v: 8, heads: 2}, {d_k: 8, d_v: 8, heads: 4}]", "must be constant"),
         ("hardware_search.grid.0.d_k=8", "give the list as a whole"),
         ("placement.linear=mamba9", "'mamba9' has no entry in mixers"),
+        ("placement.linear=jet_static", "placement.linear: 'jet_static' has no entry in mixers"),
+        ("hardware_search.mixer=attn", "hardware_search.mixer: 'attn' has no entry in mixers"),
         ("mixers.attn={}", "mixers.attn: not a linear mixer"),
         ("stages=[placement, cooking]", "unknown stage 'cooking'"),
         ("placement.training.loss={feature: 0}", "every weight is 0"),

@@ -164,6 +164,17 @@ def test_greetings_of_slurms_commands_are_overheard(slurm):
     assert slurm.requeued
 
 
+def test_answers_in_colours_and_with_carriage_returns_are_read(slurm):
+    for name in ("squeue", "scontrol"):
+        tool = slurm.state_file.parent / "bin" / name
+        tool.rename(tool.with_name(f"plain-{name}"))
+        tool.write_text(f"#!/bin/bash\nplain-{name} \"$@\" | sed $'s/^/\\e[1;32m/; s/$/\\e(B\\e[m\\r/'\n")
+        tool.chmod(0o755)
+    script = JOB.replace("(exit ${CODE:-0})", 'echo "at $MASTER_ADDR"; exit 75')
+    assert "at 10.0.0.7\n" in slurm.attempt(0, 75, script=script, SLURM_JOB_NODELIST="n[1-2]").stdout
+    assert slurm.requeued
+
+
 def test_words_that_are_no_state_are_no_end(slurm):
     """scontrol is asked then."""
     cases = (("", "RUNNING", True), ("news: RUNNING late", "RUNNING", True), ("", "CANCELLED", False))

@@ -120,6 +120,21 @@ def test_closed_home_is_no_traceback(workplace, teacher):
     one_line(unknown, "cluster 'nowhere' is not known")
 
 
+@pytest.mark.parametrize("key", ["teacher.path", "teacher.tokenizer", "data.path", "--cluster"])
+def test_home_of_nobody_is_one_line(launcher, key):
+    where = "~nobody-of-this-name/x.yaml"
+    asked = (key, where) if key == "--cluster" else (f"{key}={where}",)
+    one_line(launcher("run", "tiny", *asked), f"{key}={where}: there is no such home directory")
+
+
+def test_user_without_a_home_is_no_traceback(launcher, monkeypatch):
+    """As containers run with a number that /etc/passwd does not have."""
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda number: (_ for _ in ()).throw(KeyError(number)))
+    one_line(launcher("run", "tiny", "--cluster", "nowhere"), "cluster 'nowhere' is not known")
+
+
 def test_names_that_no_file_can_have(launcher, teacher, workplace):
     long = "x" * 300
     for arguments in (

@@ -25,9 +25,12 @@ PRINTED = {
     "without_parsable": ("Submitted batch job 11\n", "11"),
     "without_parsable_elsewhere": ("Submitted batch job 11 on cluster gpu\n", "11;gpu"),
     "said_twice": ("11\n11\n", "11"),
+    "said_in_two_ways": ("Submitted batch job 11 on cluster gpu\n11\n", "11;gpu"),
+    "terminal_codes": ("\x1b]0;hpc\x07\x1b[?25hhello\n\x1b(B\x1b[m11\x1b(B\n", "11"),
     "nothing": ("", None),
     "greeting_alone": (GREETING, None),
     "two_numbers": ("2026\n11\n", None),
+    "two_clusters": ("11;a\n11;b\n", None),
     "in_a_sentence": ("your job is 11\n", None),
     "shell_in_cluster": ("11;$(touch pwned)\n", None),
     "zero": ("0\n", None),
@@ -89,6 +92,38 @@ def test_nothing_unchecked_reaches_the_next_sbatch(place):
     assert "error: submission failed: sbatch printed no job ID" in err and "; 1 jobs were taken back" in err
     assert place.slurm.states() == {"11": "CANCELLED"}, "no second one"
     assert not (place.folder / "pwned").exists()
+
+
+def test_greeting_in_another_encoding_hides_no_job(place, capsys):
+    (place.slurm.folder / "says").write_bytes("Universit\xe4t\nID\n".encode("latin-1"))
+    assert place.plain() == 0
+    assert capsys.readouterr().out == "11\n"
+
+
+def test_coloured_answers_of_the_other_commands_are_read(place, capsys):
+    assert place.plain() == 0
+    colour = place.slurm.bin / "colour"
+    colour.write_text("#!/bin/bash\nsed -e $'s/^/\\e[1;32m/' -e $'s/$/\\e(B\\e[m\\r/'\n")
+    colour.chmod(0o755)
+    for name in ("squeue", "scontrol", "sacct"):
+        plain = place.slurm.bin / name
+        plain.rename(place.slurm.bin / f"plain-{name}")
+        plain.write_text(f'#!/bin/bash\nplain-{name} "$@" | colour\nexit "${{PIPESTATUS[0]}}"\n')
+        plain.chmod(0o755)
+    place.slurm.add("11", "RUNNING", nodes="n1")
+    assert place.plain() == 1
+    assert "is in the queue or running (job 11)" in capsys.readouterr().err
+    assert main(["cancel", "a"]) == 0
+    assert place.slurm.states() == {"11": "CANCELLED"}
+
+
+def test_refused_plain_job_leaves_no_run_directory(place, capsys, monkeypatch):
+    for stage in ("nostage", "stage1:x", "stage1"):
+        if stage == "stage1":
+            monkeypatch.setenv("PATH", str(place.folder))  # no sbatch there
+        assert place.plain(stage) in (1, 2)
+        assert capsys.readouterr().err.count("\n") == 1
+        assert not place.run.parent.exists(), stage
 
 
 def test_text_on_stderr_does_no_harm(place, capsys):

@@ -20,7 +20,8 @@ _STEERING = (
 # Where Slurm is, and the proof of who asks, where a site uses tokens.
 _KEPT = ("SLURM_CONF", "SLURM_JWT")
 _TIMEOUT = 60.0
-_COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+# What terminals read as colours, titles and character sets (`tput sgr0` sends two kinds).
+_COLOUR = re.compile(r"\x1b(?:\[[0-9;?]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[()][A-Za-z0-9])")
 _NUMBER = re.compile(r"[1-9][0-9]*")
 _SUBMITTED = re.compile(
     r"(?:Submitted batch job )?(?P<number>[1-9][0-9]*)(?:(?:;| on cluster )(?P<cluster>[A-Za-z0-9_.-]+))?"
@@ -64,20 +65,23 @@ def ask(command: list[str]) -> Answer:
         return Answer("", f"{command[0]}: no answer within {_TIMEOUT:.0f} s")
     except OSError as error:
         return Answer("", f"{command[0]}: {error.strerror or error}")
+    output, errors = (_COLOUR.sub("", text) for text in (done.stdout, done.stderr))
     if done.returncode == 0:
-        return Answer(done.stdout, "")
-    lines = filter(None, map(str.strip, done.stderr.splitlines()))
-    return Answer(done.stdout, "\n".join(lines) or f"{command[0]} ended with {done.returncode}")
+        return Answer(output, "")
+    lines = filter(None, map(str.strip, errors.splitlines()))
+    return Answer(output, "\n".join(lines) or f"{command[0]} ended with {done.returncode}")
 
 
 def submitted_id(said: str) -> str | None:
-    """The job ID in what sbatch printed: `11`, or `11;cluster` where it named one. None unless one line fits."""
-    lines = {_COLOUR.sub("", line).strip() for line in said.splitlines()}
+    """The job ID in what sbatch printed: `11`, or `11;cluster` where it named one. None unless one line fits, or
+    several that name the same job."""
+    lines = (_COLOUR.sub("", line).strip() for line in said.splitlines())
     found = [match for match in map(_SUBMITTED.fullmatch, lines) if match]
-    if len(found) != 1:
+    numbers = {match.group("number") for match in found}
+    clusters = {match.group("cluster") for match in found} - {None}
+    if len(numbers) != 1 or len(clusters) > 1:
         return None
-    number, cluster = found[0].group("number", "cluster")
-    return f"{number};{cluster}" if cluster else number
+    return ";".join([*numbers, *clusters])
 
 
 def no_id(said: str) -> str:

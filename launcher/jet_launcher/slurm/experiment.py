@@ -25,6 +25,7 @@ from jet_launcher.slurm.scripts import (
 from jet_launcher.slurm.taken import Interrupted, Submitted, Taken
 from megatron_jet.configs.cluster import ClusterConfig
 from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.files import home_expanded
 
 # NeMo-Run replaces this in every script it writes without a container.
 REPLACED_PATH = "/nemo_run"
@@ -91,7 +92,7 @@ def batch_scripts(graph: JobGraph, cluster: ClusterConfig, place: JobPlace, titl
 
 def nemo_home() -> Path:
     """NEMORUN_HOME, or NeMo-Run's default. Must be on the shared file system: logs go there."""
-    return Path(os.environ.get("NEMORUN_HOME", "~/.nemo_run")).expanduser().absolute()
+    return home_expanded(os.environ.get("NEMORUN_HOME", "~/.nemo_run"), "NEMORUN_HOME").absolute()
 
 
 def check_sbatch() -> None:

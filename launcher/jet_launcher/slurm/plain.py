@@ -14,7 +14,7 @@ from pathlib import Path
 from jet_launcher.cluster_launch import load_target
 from jet_launcher.exit_codes import DONE, FAILED, INTERRUPTED, USAGE
 from jet_launcher.options import check_inputs
-from jet_launcher.run_directory import RunDirectory, find_run, open_run
+from jet_launcher.run_directory import RunDirectory, find_run, opened, plan_run
 from jet_launcher.signals import caught_signals
 from jet_launcher.slurm.ask import no_id, number_of, scheduler_environment, submitted_id
 from jet_launcher.slurm.experiment import check_path, check_sbatch
@@ -39,7 +39,7 @@ def submit_stage(cluster_name: str, run_dir: str, target: str, recipe: list[str]
 
     Args:
         target: `stage`, or `stage:candidate`.
-        recipe: its name and overrides, to make a run directory that does not exist.
+        recipe: its name and overrides, to make a run directory that does not exist; a refusal leaves none.
         extra: options of sbatch.
 
     Raises:
@@ -56,7 +56,7 @@ def submit_stage(cluster_name: str, run_dir: str, target: str, recipe: list[str]
     graph, job = _job(config, target, chosen.cluster)
     check_mounts(config, chosen.cluster)
     try:
-        with run.locked():
+        with opened(run, config), run.locked():
             live = live_jobs(read_record(run)).get(job.name)
             if live is not None:
                 raise UserError(
@@ -82,7 +82,7 @@ def _sbatch(arguments: list[str], job: Job, log: SubmissionLog, cluster: str) ->
         try:
             with taken.one_more() as add:
                 command = ["sbatch", "--parsable", "--requeue", *arguments]
-                done = subprocess.run(command, capture_output=True, text=True)
+                done = subprocess.run(command, capture_output=True, text=True, errors="replace")
                 if done.returncode:
                     raise UserError(" ".join(done.stderr.split()) or f"sbatch ended with {done.returncode}")
                 job_id = submitted_id(done.stdout)
@@ -105,8 +105,7 @@ def _run(run_dir: str, recipe: list[str]) -> tuple[RunDirectory, RunConfig]:
         return run, run.config()
     with usage_errors():
         config = expand_paths(apply_overrides(load_recipe(recipe[0]), recipe[1:]))
-    check_inputs(config)
-    return open_run(config, Path(run_dir)), config
+    return plan_run(config, Path(run_dir)), config
 
 
 def _job(config: RunConfig, target: str, cluster: ClusterConfig) -> tuple[JobGraph, Job]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from jet_launcher.slurm.graph import Job
 from megatron_jet.configs.cluster import ClusterConfig
 from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.files import write_text
+from megatron_jet.configs.files import home_expanded, write_text
 from megatron_jet.configs.run import RunConfig
 
 EARLY_WARNING_SIGNAL = "USR1"
@@ -139,7 +139,7 @@ def check_mounts(config: RunConfig, cluster: ClusterConfig) -> None:
     for key, text in inputs.items():
         if text is None or text.startswith("bundled"):
             continue
-        path = Path(text).expanduser().absolute()
+        path = home_expanded(text, key).absolute()
         for place in dict.fromkeys((path, path.resolve())):
             if not any(place.is_relative_to(mount) for mount in shown):
                 where = "" if place == path else f" leads to {place}, which"
