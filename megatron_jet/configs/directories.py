@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import temporary_beside
 from megatron_jet.configs.signals import Interrupted
+from megatron_jet.configs.ticks import tick
 
 OLD = ".old"  # ends the name of a directory that is being replaced
 SYNCED_AT_ONCE = 16
@@ -65,7 +66,8 @@ def _sync(directory: Path) -> None:
     folders = [Path(folder) for folder, _, _ in os.walk(directory)]
     files = [path for folder in folders for path in folder.iterdir() if path.is_file()]
     with ThreadPoolExecutor(max_workers=SYNCED_AT_ONCE) as workers:
-        list(workers.map(_sync_one, files))
+        for _ in workers.map(_sync_one, files):
+            tick()
         list(workers.map(_sync_one, folders))
 
 
