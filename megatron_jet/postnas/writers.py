@@ -2,8 +2,8 @@
 
 Every rank holds the lock `locks/STAGE[:CANDIDATE]@RANK` of the run directory while it works on a stage, so that a
 second worker is refused, also where the first was thought dead and is only stopped. Into its lock file a thread of each
-rank writes that it lives, and for how long its work has stood still. Each rank watches the next one and itself; one that
-has not moved for too long ends all, with its name and with the stacks of every rank in the log.
+rank writes that it lives, and for how long its work has stood still. Each rank watches the next one and itself; one
+that has not moved for too long ends all, with its name and with the stacks of every rank in the log.
 """
 
 import faulthandler
@@ -103,7 +103,8 @@ class Watch:
     """A thread that says that this rank lives and looks whether the next one does, and whether this one gets anywhere.
 
     A rank whose work stands still is wedged, unless it waits for others in a collective; those that wait are wedged
-    when all stand still. What counts is how often this rank looked, not the time: a job that is suspended and goes on finds nobody wedged.
+    when all stand still. What counts is how often this rank looked, not the time: a job that is suspended and goes on
+    finds nobody wedged.
     """
 
     def __init__(self, folder: Path, name: str, directory: Path, handle: int | None, limit: float):
