@@ -56,7 +56,7 @@ def test_every_tool_ends_on_signals_as_on_ctrl_c(number, capsys):
         signal.signal(number, before)
     tools = Path(__file__).resolve().parents[2] / "tools"
     for script in tools.glob("*.py"):
-        if "__main__" in script.read_text():
+        if "argparse" in script.read_text():  # the others print something and end
             assert "run_tool(" in script.read_text(), script
 
 
