@@ -8,6 +8,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_jet.configs.command_line import run_tool, seed  # noqa: E402
+from megatron_jet.configs.errors import UserError  # noqa: E402
+from megatron_jet.configs.files import describe_os_error  # noqa: E402
+from megatron_jet.configs.lock import exclusive  # noqa: E402
 
 EXAMPLE = """example:
   OMP_NUM_THREADS=1 python tools/train_teacher.py runs/teacher --minutes 50
@@ -33,15 +36,26 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
 
-    from megatron_jet.teacher.publish import Origin, publish
     from megatron_jet.teacher.train import TeacherRun, load_teacher, train_teacher
 
     torch.set_num_threads(1)
     run = TeacherRun(args.out, args.minutes, args.seed)
-    if args.publish:
-        model = load_teacher(run)
-    else:
-        model = train_teacher(run, resume=args.resume, log=lambda line: print(line, flush=True))
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(describe_os_error(error, args.out)) from None
+    with exclusive(args.out / ".lock", "wait for it to end, or choose another OUT_DIR"):
+        if args.publish:
+            model = load_teacher(run)
+        else:
+            model = train_teacher(run, resume=args.resume, log=lambda line: print(line, flush=True))
+        return publish_model(args, model)
+
+
+def publish_model(args: argparse.Namespace, model) -> int:
+    """Write model/ and print its scores."""
+    from megatron_jet.teacher.publish import Origin, publish
+
     command = f"python tools/train_teacher.py OUT_DIR --minutes {args.minutes:g} --seed {args.seed}"
     source = Origin(command, args.seed, args.note)
     scores = publish(model, args.out / "curve.jsonl", args.out / "model", source)

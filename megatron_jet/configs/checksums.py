@@ -97,8 +97,29 @@ def first_difference(directory: Path, names: Sequence[str], expected: Mapping[st
 def verify(directory: Path) -> None:
     """Check every file of a checkpoint, in this process alone. Raises DamagedError that names the first bad one."""
     expected = read_checksums(directory)
-    if expected is None:
+    if expected is not None:
+        _compare(directory, expected)
+
+
+def verify_export(directory: Path, files: Mapping[str, str]) -> None:
+    """Check what a model is loaded from, in an exported directory; its card may have been edited.
+
+    Args:
+        directory: the export.
+        files: sha256 by file name, as written.
+
+    Raises:
+        DamagedError: names the first file that is not what was written.
+    """
+    if not _VERIFIED.get():
         return
+    try:
+        _compare(directory, {name: files[name] for name in files if not name.endswith(".md")})
+    except DamagedError as error:
+        raise DamagedError(str(error).replace("the checkpoint is", "the export is"), directory) from None
+
+
+def _compare(directory: Path, expected: Mapping[str, str]) -> None:
     problem = first_difference(directory, list(expected), expected)
     if problem is not None:
         raise damaged(directory, problem)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import os_error_line
+from megatron_jet.configs.signals import Interrupted, restore_signals, stop_on_signals
 
 DONE, FAILED, INTERRUPTED = 0, 1, 75
 
@@ -24,8 +25,17 @@ def run_tool(main: Callable[[], int], interrupted: str = "interrupted") -> int:
         interrupted: what to say after Ctrl-C.
 
     Returns:
-        Its exit code; the error's own (1, or 2 where it is about what was asked for) after an error, 75 after Ctrl-C.
+        Its exit code; the error's own (1, or 2 where it is about what was asked for) after an error, 75 after Ctrl-C,
+        SIGTERM or SIGHUP.
     """
+    before = stop_on_signals()
+    try:
+        return _run(main, interrupted)
+    finally:
+        restore_signals(before)
+
+
+def _run(main: Callable[[], int], interrupted: str) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no error
     try:
@@ -42,6 +52,8 @@ def run_tool(main: Callable[[], int], interrupted: str = "interrupted") -> int:
         if error.filename is None and error.errno == errno.ENOSPC:
             message = f"the output cannot be written ({error.strerror})"
         _forget_output()
+    except Interrupted as stopped:
+        message, code = str(stopped) or interrupted, INTERRUPTED
     except KeyboardInterrupt:
         message, code = interrupted, INTERRUPTED
     print(f"error: {message}", file=sys.stderr)

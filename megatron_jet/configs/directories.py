@@ -3,31 +3,77 @@
 import glob
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import temporary_beside
+from megatron_jet.configs.lock import exclusive
 from megatron_jet.configs.signals import Interrupted
+from megatron_jet.configs.ticks import tick
 
 OLD = ".old"  # ends the name of a directory that is being replaced
 SYNCED_AT_ONCE = 16
 
 
 @contextmanager
-def replaced_directory(path: str | Path) -> Iterator[Path]:
+def replaced_directory(path: str | Path, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """A temporary directory that takes the place of `path` when the block ends well, and vanishes when it does not.
+
+    One process at a time writes a path: another one is refused, whose sweeping would take this one's files away.
 
     Its files have reached the disk before it gets its name. What a kill left of an earlier attempt at the same path is
     removed, and the directory that was there before comes back if the kill fell between the two renames. What a link
     points to is replaced, not the link.
+
+    Args:
+        path: of the directory.
+        check: called once no other process can make `path` any more; may raise.
+
+    Raises:
+        UserError: it cannot be written, or another process writes it.
     """
     path = Path(os.path.realpath(path))
-    prefix = f".{path.name}.partial-"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    with _one_writer(path):
+        check()
+        with _replaced(path) as temporary:
+            yield temporary
+
+
+@contextmanager
+def _one_writer(target: Path) -> Iterator[None]:
+    """Hold the lock file beside `target`, hidden, and take it away again."""
+    lock = target.with_name(f".{target.name}.lock")
+    while True:
+        with exclusive(lock, "wait for it to end, or choose another output", target) as handle:
+            # The one before may have removed the file after this process opened it: what is locked has no name then.
+            if not _is_named(handle, lock):
+                continue
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+            return
+
+
+def _is_named(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def _replaced(path: Path) -> Iterator[Path]:
+    """The above, for the one writer."""
+    prefix = f".{path.name}.partial-"
+    try:
         for leftover in path.parent.glob(f"{glob.escape(prefix)}*"):
             if leftover.suffix == OLD and not path.exists():
                 os.rename(leftover, path)
@@ -65,7 +111,8 @@ def _sync(directory: Path) -> None:
     folders = [Path(folder) for folder, _, _ in os.walk(directory)]
     files = [path for folder in folders for path in folder.iterdir() if path.is_file()]
     with ThreadPoolExecutor(max_workers=SYNCED_AT_ONCE) as workers:
-        list(workers.map(_sync_one, files))
+        for _ in workers.map(_sync_one, files):
+            tick()
         list(workers.map(_sync_one, folders))
 
 

@@ -14,6 +14,16 @@ from megatron_jet.configs.model import ModelConfig
 Context = Annotated[str, Field(pattern=r"^[0-9]{1,12}$")]  # length in tokens, as JSON has keys
 
 
+def _inside(path: str) -> str:
+    """A run may come from anywhere, and what its results name is read, kept or cleaned away."""
+    if not path or path.startswith("/") or ".." in path.split("/"):
+        raise ValueError(f"'{path[:200]}' lies outside the run directory")
+    return path
+
+
+InRun = Annotated[str, AfterValidator(_inside)]  # a path relative to the run directory
+
+
 class Scores(ResultModel):
     """Held-out or search-split scores of one model. Losses are nats per scored token."""
 
@@ -59,7 +69,7 @@ class PrepareResult(StageResult):
     """Teacher imported into a Megatron checkpoint, data prepared."""
 
     teacher_path: str = Field(description="HF directory, or 'bundled:tiny', as in the config")
-    teacher_checkpoint: str = Field(description="relative to the run directory")
+    teacher_checkpoint: InRun = Field(description="relative to the run directory")
     teacher_config: StoredModel = Field(description="ModelConfig")
     data_path: str
     tokenizer_path: str
@@ -148,7 +158,7 @@ class TrainStageResult(StageResult):
 
     plan: tuple[str, ...]
     model_config_: StoredModel = Field(alias="model", description="ModelConfig")
-    checkpoint: str = Field(description="relative to the run directory")
+    checkpoint: InRun = Field(description="relative to the run directory")
     final_losses: dict[str, float]
     validation: list[dict[str, float]] = Field(description="step and held-out losses at each validation")
     before: Scores
@@ -160,7 +170,7 @@ class TrainStageResult(StageResult):
 class ExportResult(StageResult):
     """HF directory written."""
 
-    path: str = Field(description="relative to the run directory")
+    path: InRun = Field(description="relative to the run directory")
     model_type: str
     files: dict[str, str] = Field(description="sha256 by file name")
     max_logit_difference: float = Field(description="export against the Megatron model, fp32, same tokens")

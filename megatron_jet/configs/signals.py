@@ -1,4 +1,5 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C: noted and acted on where it is safe, or an exception that nobody swallows."""
+"""SIGTERM, SIGUSR1, Ctrl-C and the SIGHUP of a terminal that closes: noted and acted on where it is safe, or an
+exception that nobody swallows."""
 
 import signal
 import threading
@@ -6,7 +7,7 @@ from collections.abc import Callable
 from types import FrameType
 
 EXIT_INTERRUPTED = 75
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 class Interrupted(BaseException):
@@ -37,7 +38,7 @@ class StopRequest:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         previous, self._previous = self._previous, {}
-        _restore(previous)
+        restore_signals(previous)
         if self.signal is None or error is not None:
             return
         outer = getattr(previous.get(self.signal), "__self__", None)
@@ -75,7 +76,7 @@ class interruptible:  # noqa: N801 (read as a verb: `with interruptible():`)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         previous, self._previous = self._previous, {}
-        _restore(previous)
+        restore_signals(previous)
         if self.signal is not None and (error is None or isinstance(error, Exception)):
             raise self._interruption() from error
 
@@ -87,23 +88,30 @@ def _install(handler: Callable[[int, FrameType | None], None]) -> dict[int, obje
     """Put a handler in place for all stop signals; what was there before, by signal."""
     if threading.current_thread() is not threading.main_thread():
         return {}
-    return {number: signal.signal(number, handler) for number in SIGNALS}
+    # A terminal that closes is nothing to what `nohup` started.
+    heard = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in heard}
 
 
-def _restore(previous: dict[int, object]) -> None:
+def restore_signals(previous: dict[int, object]) -> None:
+    """Put handlers back that were there before."""
     for number, handler in previous.items():
         signal.signal(number, handler)
 
 
-def stop_on_signals() -> None:
+def stop_on_signals() -> dict[int, object]:
     """End this command on SIGTERM, and on SIGHUP of a terminal that closes, as on Ctrl-C: what is half-written goes.
 
-    A signal that is ignored stays so (`nohup`). Main thread only.
+    A signal that is ignored stays so (`nohup`). Main thread only; elsewhere nothing is caught.
+
+    Returns:
+        The handlers that were there before, by signal, of those that were replaced.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, stop)
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    replaced = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+    return {number: signal.signal(number, stop) for number in replaced}

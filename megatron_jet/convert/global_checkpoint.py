@@ -113,7 +113,8 @@ class GlobalCheckpoint:
         if path is None:
             return self.read_many([key])[key]
         try:
-            tensor = torch.load(path, mmap=True, weights_only=True)
+            with closed_pickles():  # the environment may ask torch for an open unpickler
+                tensor = torch.load(path, mmap=True, weights_only=True)
         except Exception as error:
             stop_if_interrupted(error)
             tensor = None
@@ -206,6 +207,7 @@ def write_checkpoint(
     tensors: Mapping[str, LazyTensor | Tensor],
     model_config: dict | None = None,
     add_files: Callable[[Path], None] | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Write a complete checkpoint, or nothing: a temporary directory beside `path` is renamed at the end.
 
@@ -214,9 +216,10 @@ def write_checkpoint(
         tensors: whole tensors by checkpoint key.
         model_config: kept beside the weights as model_config.json.
         add_files: called with the temporary directory to put more files beside the weights.
+        check: called once no other process can make `path` any more; may raise.
     """
     lazy = {key: LazyTensor.of(t) if isinstance(t, Tensor) else t for key, t in tensors.items()}
-    with replaced_directory(path) as temporary:
+    with replaced_directory(path, check) as temporary:
         single = sum(t.bytes for t in lazy.values()) <= SINGLE_FILE_BYTES
         writer = _Writer(temporary, single_file_per_rank=single, thread_count=1, sync_files=False)
         plan: dict = {key: torch.empty(t.shape, dtype=t.dtype, device="meta") for key, t in lazy.items()}

@@ -13,7 +13,7 @@ from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import read_json, write_text
 from megatron_jet.configs.hf_format import HYBRIDS, model_from_hf, model_to_hf
 from megatron_jet.configs.model import ModelConfig
-from megatron_jet.convert.companions import CARD, COMPANIONS, TOKENIZERS, copy_companions
+from megatron_jet.convert.companions import CARD, COMPANIONS, TOKENIZERS, check_inside, copy_companions
 from megatron_jet.convert.global_checkpoint import GlobalCheckpoint, check_whole
 from megatron_jet.convert.hf_files import OutTensor, write_hf_tensors
 from megatron_jet.convert.hf_import import finite
@@ -75,11 +75,12 @@ def export_hf(
     tensors = hf_tensors(rows, source, model, dtype)
     if progress is not None:
         tensors = [progress.watched(tensor) for tensor in tensors]
+    within = checkpoint if companions is None else None
     companions = Path(companions) if companions is not None else checkpoint / COMPANIONS
-    with replaced_directory(out) as temporary:
+    with replaced_directory(out, lambda: check_output(out, checkpoint, force, not_an_export)) as temporary:
         write_hf_tensors(temporary, tensors, shard_bytes)
         if companions.is_dir():
-            copy_companions(companions, temporary, skip=("config.json", CARD))
+            copy_companions(companions, temporary, skip=("config.json", CARD), within=within)
         _write_config(temporary / "config.json", model, checkpoint, _main_dtype(source, rows, dtype))
         kept = _kept_card(model, checkpoint) if card is None else None
         if kept is not None:
@@ -176,7 +177,10 @@ def _is_imported(model: ModelConfig, checkpoint: Path) -> bool:
 def _kept_card(model: ModelConfig, checkpoint: Path) -> bytes | None:
     """README.md of the import, if this is still its model. As bytes: what it holds is not ours."""
     path = checkpoint / COMPANIONS / CARD
-    return path.read_bytes() if path.is_file() and _is_imported(model, checkpoint) else None
+    if not path.is_file() or not _is_imported(model, checkpoint):
+        return None
+    check_inside(path, checkpoint)
+    return path.read_bytes()
 
 
 def _write_config(path: Path, model: ModelConfig, checkpoint: Path, dtype: str) -> None:

@@ -64,7 +64,13 @@ def import_hf(
     tensors = {row.key: _lazy(row, source, model) for row in rows}
     if progress is not None:
         tensors = {key: progress.watched(tensor) for key, tensor in tensors.items()}
-    write_checkpoint(out, tensors, model.to_dict(), lambda directory: copy_companions(hf_dir, directory / COMPANIONS))
+    write_checkpoint(
+        out,
+        tensors,
+        model.to_dict(),
+        lambda directory: copy_companions(hf_dir, directory / COMPANIONS),
+        lambda: check_output(out, hf_dir, force, not_an_import),
+    )
     return model
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from megatron_jet.configs.directories import replaced_directory
 from megatron_jet.configs.errors import UserError
-from megatron_jet.configs.lock import exclusive
 from megatron_jet.data.index import read_index
 
 INDEX = "index.json"
@@ -81,7 +80,7 @@ def directory_for(out: Path) -> Iterator[Path]:
     missing = [folder for folder in target.parents if not folder.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _one_writer(target), replaced_directory(target) as temporary:
+        with replaced_directory(target) as temporary:
             yield temporary
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
@@ -89,26 +88,3 @@ def directory_for(out: Path) -> Iterator[Path]:
         for folder in missing:
             with contextlib.suppress(OSError):
                 folder.rmdir()  # only where nothing came of it
-
-
-@contextlib.contextmanager
-def _one_writer(target: Path) -> Iterator[None]:
-    """Hold the lock file beside `target`, hidden, and take it away again."""
-    lock = target.with_name(f".{target.name}.lock")
-    while True:
-        with exclusive(lock, "wait for it to end, or choose another output", target) as handle:
-            # The one before may have removed the file after this process opened it: what is locked has no name then.
-            if not _is_named(handle, lock):
-                continue
-            try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
-            return
-
-
-def _is_named(handle: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle), os.stat(path))
-    except FileNotFoundError:
-        return False

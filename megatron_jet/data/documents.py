@@ -12,7 +12,10 @@ from megatron_jet.data.inputs import LINE_SUFFIXES, open_lines
 
 # The tokenizer needs about 100 bytes per byte of a text, so this is what bounds its memory.
 MAX_DOCUMENT_BYTES = 32 << 20
+# A line of JSON may spell each byte of a text with six, and hold other things. One without end fills the memory.
+MAX_LINE_BYTES = 8 * MAX_DOCUMENT_BYTES
 PARQUET_ROWS = 512  # read at a time
+READ_BYTES = 1 << 20  # of what is left out
 HEAD_BYTES = 64  # of a file, to see what it is
 BYTE_ORDER_MARK = "\ufeff"
 UTF16 = "cannot be read as UTF-8: it is UTF-16 or UTF-32; convert it, for example with iconv -f UTF-16 -t UTF-8"
@@ -133,7 +136,12 @@ def _text(path: Path, bad_document: BadDocument) -> Iterator[Document]:
 
 def _jsonl(path: Path, bad_document: BadDocument) -> Iterator[Document]:
     with open_lines(path) as (lines, file):
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE_BYTES), b""), 1):
+            if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+                bad_document(f"{path}: line {number} is longer than {MAX_LINE_BYTES >> 20} MiB")
+                while line and not line.endswith(b"\n"):
+                    line = lines.readline(READ_BYTES)
+                continue
             if number == 1 and is_utf16(line[:HEAD_BYTES]):
                 raise UserError(f"{path}: {UTF16}")
             if not line.strip():

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from megatron_jet.configs.checksums import verify_export
 from megatron_jet.configs.cost import ModelCost, model_cost
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.results import EvaluateResult, ExportResult, Measured, Scores, TrainStageResult
@@ -36,6 +37,7 @@ class EvaluateStage:
         trained: TrainStageResult = ctx.result(final_stage(ctx.config))
         export: ExportResult = ctx.result("export")
         model = ModelConfig.parse(trained.model_config_, "final model")
+        on_main(lambda: verify_export(ctx.path(export.path), export.files))
         ctx.status.phase("scoring the final model")
         megatron = persisted(
             ctx.stage_dir(self.name) / "megatron.json", Scores, lambda: self._megatron(ctx, model, trained)

@@ -171,7 +171,8 @@ def _with_status[R](ctx: StageContext, directory: Path, work: Callable[[StageCon
 def _repair(ctx: StageContext, directory: Path, damaged: Path | None) -> str:
     """How to get a damaged checkpoint made anew, by where it lies."""
     inside = damaged.relative_to(ctx.run_dir).parts if damaged and damaged.is_relative_to(ctx.run_dir) else ()
-    stage = "prepare" if inside[:1] == ("prepared",) else inside[1] if inside[:1] == ("stages",) else None
+    outputs = {"prepared": "prepare", "export": "export"}
+    stage = inside[1] if inside[:1] == ("stages",) else outputs.get(inside[0]) if inside else None
     if stage is None:
         return "give an undamaged copy"
     if ctx.stage_dir(stage) == directory:

@@ -2,8 +2,8 @@
 
 Every rank holds the lock `locks/STAGE[:CANDIDATE]@RANK` of the run directory while it works on a stage, so that a
 second worker is refused, also where the first was thought dead and is only stopped. Into its lock file a thread of each
-rank writes that it lives. Each rank watches the next one; one that has not moved for too long ends all, with its name
-and with the stacks of every rank in the log.
+rank writes that it lives, and for how long its work has stood still. Each rank watches the next one and itself; one
+that has not moved for too long ends all, with its name and with the stacks of every rank in the log.
 """
 
 import faulthandler
@@ -23,6 +23,7 @@ from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import read_json_object, write_json
 from megatron_jet.configs.lock import exclusive, lock_holder
 from megatron_jet.postnas.processes import gather, rank, world_size
+from megatron_jet.postnas.standstill import Standstill
 
 FOLDER = "locks"
 LAUNCHED = "JET_RUN_TOKEN"  # set by the launcher, which holds the run's own lock
@@ -52,7 +53,7 @@ def stage_writer(run_dir: Path, stage: str, candidate: str | None, wedged_after:
         if rank() == 0:
             watch.notice.unlink(missing_ok=True)
         gather(None)  # nobody watches a rank that has no record yet, nor sees a notice of an earlier attempt
-        if wedged_after > 0 and world_size() > 1 and handle is not None:
+        if wedged_after > 0 and handle is not None:
             stack.enter_context(watch)
         yield
 
@@ -99,9 +100,11 @@ def _others(folder: Path, name: str, directory: Path) -> str | None:
 
 
 class Watch:
-    """A thread that says that this rank lives and looks whether the next one does.
+    """A thread that says that this rank lives and looks whether the next one does, and whether this one gets anywhere.
 
-    What counts is how often this rank looked, not the time: a job that is suspended and goes on finds nobody wedged.
+    A rank whose work stands still is wedged, unless it waits for others in a collective; those that wait are wedged
+    when all stand still. What counts is how often this rank looked, not the time: a job that is suspended and goes on
+    finds nobody wedged.
     """
 
     def __init__(self, folder: Path, name: str, directory: Path, handle: int | None, limit: float):
@@ -111,6 +114,7 @@ class Watch:
         self.notice = folder / f"{name}.wedged"
         self._done = threading.Event()
         self._beats = 0
+        self._standstill = Standstill()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def __enter__(self) -> "Watch":
@@ -127,20 +131,32 @@ class Watch:
         neighbour = (rank() + 1) % world_size()
         seen, unmoved, looked = b"", 0, time.monotonic()
         while not self._done.wait(self.beat):
+            now = time.monotonic()
+            starved = now - looked > 3 * self.beat  # this rank did not get to look: it was stopped itself, or is slow
+            self._standstill.look(starved)
             self._write_record()
             if self.notice.exists():
                 self._leave()
             record = self._record(neighbour)
-            now = time.monotonic()
-            starved = now - looked > 3 * self.beat  # this rank did not get to look: it was stopped itself, or is slow
-            unmoved = unmoved + 1 if record == seen and not starved else 0
+            unmoved = unmoved + 1 if record == seen and not starved and neighbour != rank() else 0
             seen, looked = record, now
-            if unmoved * self.beat >= self.limit and not self._done.is_set():
-                self._declare(neighbour, record)
+            wedged = neighbour if unmoved * self.beat >= self.limit else self._standing()
+            if wedged is not None and not self._done.is_set():
+                self._declare(wedged, self._record(wedged))
+
+    def _standing(self) -> int | None:
+        """A rank whose work has stood still for too long: this one; or, where all wait for each other, the first."""
+        if self._standstill.looks * self.beat < self.limit:
+            return None
+        if not self._standstill.waits:
+            return rank()
+        still = [_still(self._record(number)) for number in range(world_size())]
+        return still.index(max(still)) if min(still) >= self.limit else None
 
     def _write_record(self) -> None:
         self._beats += 1
         record = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time(), "beat": self._beats}
+        record["still"] = round(self._standstill.looks * self.beat, 3)
         if self.handle is not None:
             os.pwrite(self.handle, json.dumps(record).ljust(RECORD_BYTES).encode(), 0)
             os.fsync(self.handle)  # otherwise another node may see it much later
@@ -160,7 +176,8 @@ class Watch:
             found, who = {}, f"rank {number}"
         said = f"{who} has not moved for {self.limit:.0f} seconds; the stacks of all ranks are in the log"
         self.notice.write_text(said)
-        if found.get("host") == socket.gethostname() and _is_one_of_us(found["pid"]):
+        ours = found.get("host") == socket.gethostname() and found["pid"] != os.getpid()
+        if ours and _is_one_of_us(found["pid"]):
             os.kill(found["pid"], signal.SIGUSR2)
             os.kill(found["pid"], signal.SIGCONT)
         if number == 0:
@@ -183,6 +200,14 @@ class Watch:
         except UserError:
             row = {}
         write_json(path, {**row, "state": "failed", "message": said})
+
+
+def _still(record: bytes) -> float:
+    """Seconds for which a rank's work has stood still, by its record."""
+    try:
+        return float(json.loads(record)["still"])
+    except (ValueError, KeyError, TypeError):
+        return 0.0
 
 
 def _is_one_of_us(pid: int) -> bool:

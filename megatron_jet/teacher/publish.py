@@ -10,6 +10,7 @@ import matplotlib.figure
 import torch
 from transformers import Qwen2ForCausalLM
 
+from megatron_jet.configs.directories import replaced_directory
 from megatron_jet.configs.files import hash_json, write_json, write_text
 from megatron_jet.data.prepare import prepare_bundled
 from megatron_jet.data.stdlib import SPLITS, read_stdlib
@@ -34,14 +35,18 @@ def publish(model: Qwen2ForCausalLM, curve: Path, out: Path, origin: Origin) -> 
     Args:
         model: the trained teacher.
         curve: its curve.jsonl.
-        out: directory, made anew.
+        out: directory, made anew; an earlier one stays until this one is whole.
         origin: how it was trained.
 
     Returns:
         what scores.json holds.
     """
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    with replaced_directory(out) as folder:
+        return _write(model, curve, folder, origin)
+
+
+def _write(model: Qwen2ForCausalLM, curve: Path, out: Path, origin: Origin) -> dict:
+    """All files, into an empty folder."""
     model.save_pretrained(out)
     save_tokenizer(out)
     shutil.copyfile(curve, out / "curve.jsonl")

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from transformers import Qwen2ForCausalLM
 
+from megatron_jet.configs.directories import one_line
 from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.signals import Interrupted, StopRequest
 from megatron_jet.data.stdlib import SourceFile, read_stdlib
 from megatron_jet.tasks import vocabulary as vocab
 from megatron_jet.teacher.curriculum import Batch, Curriculum
@@ -24,6 +26,7 @@ WARMUP_STEPS = 30
 DECAY_START, FINAL_LR = 0.5, 0.02  # constant rate for half of the training, then linear to 2%
 CHECKPOINT_SECONDS = 120
 LOG_STEPS = 25
+STATE = ("seed", "model", "optimizers", "curriculum", "rng", "clock")  # what a checkpoint holds
 SOURCES = ("recall", "alternating", "choice", "repeated", "copy", "text")
 
 
@@ -91,6 +94,9 @@ class Training:
     def save(self) -> None:
         """Writes checkpoints/last.pt atomically."""
         path = self.run.out / "checkpoints" / "last.pt"
+        bad = [name for name, tensor in self.model.named_parameters() if not tensor.isfinite().all()]
+        if bad:
+            raise UserError(f"{path}: not written, {bad[0]} holds NaN or infinite values; the one before is intact")
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {
             "seed": self.run.seed,
@@ -120,9 +126,18 @@ def read_checkpoint(run: TeacherRun) -> dict:
     path = run.out / "checkpoints" / "last.pt"
     if not path.is_file():
         raise UserError(f"{path}: no checkpoint there; train without --resume first")
-    state = torch.load(path, weights_only=True)
-    if state["seed"] != run.seed:
+    try:
+        state = torch.load(path, weights_only=True)
+    except Exception as error:  # torch raises many kinds
+        raise UserError(f"{path}: is damaged, or no checkpoint of this tool ({one_line(error)})") from None
+    if isinstance(state, dict) and state.get("seed", run.seed) != run.seed:
         raise UserError(f"{path} was trained with --seed {state['seed']}, not {run.seed}")
+    missing = [key for key in STATE if key not in state] if isinstance(state, dict) else list(STATE)
+    if missing:
+        raise UserError(f"{path}: is no checkpoint of this tool (it has no {missing[0]})")
+    bad = [name for name, tensor in state["model"].items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise UserError(f"{path}: {bad[0]} holds NaN or infinite values; train without --resume")
     return state
 
 
@@ -165,7 +180,17 @@ def train_teacher(run: TeacherRun, *, resume: bool = False, log: Callable[[str],
 
     Raises:
         UserError: when resuming without a fitting checkpoint, or this Python has no standard library source.
+        Interrupted: stopped by a signal, with a checkpoint to go on from.
     """
+    with StopRequest() as stop:
+        model = _train(run, resume, log, stop)
+        if stop.requested:
+            raise Interrupted("stopped after the last step, checkpoint saved")
+        return model
+
+
+def _train(run: TeacherRun, resume: bool, log: Callable[[str], None], stop: StopRequest) -> Qwen2ForCausalLM:
+    """The loop of the above; a request to stop is looked at after every step."""
     torch.manual_seed(run.seed)
     training = Training(run)
     run.out.mkdir(parents=True, exist_ok=True)
@@ -186,9 +211,11 @@ def train_teacher(run: TeacherRun, *, resume: bool = False, log: Callable[[str],
             with open(curve, "a", encoding="utf-8") as f:
                 f.write(json.dumps(row) + "\n")
             log(progress_line(row, run.minutes))
-        if time.monotonic() - saved > CHECKPOINT_SECONDS:
+        if stop.requested or time.monotonic() - saved > CHECKPOINT_SECONDS:
             training.save()
             saved = time.monotonic()
+        if stop.requested:
+            raise Interrupted(f"stopped after step {training.step}, checkpoint saved; go on with --resume")
     training.save()
     return training.model
 

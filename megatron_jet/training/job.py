@@ -159,13 +159,21 @@ class TrainResult:
             measured = plain.pop("measured")
             best = plain.pop("best_checkpoint")
             return cls(
-                checkpoint=job.out / plain.pop("checkpoint"),
-                best_checkpoint=None if best is None else job.out / best,
+                checkpoint=_weights_of(job, plain.pop("checkpoint")),
+                best_checkpoint=None if best is None else _weights_of(job, best),
                 **plain,
                 **measured,
             )
         except (KeyError, TypeError) as error:
             raise UserError(f"{job.out / RESULT_FILE}: is no training result ({one_line(error)})") from None
+
+
+def _weights_of(job: TrainJob, stored: str) -> Path:
+    """A checkpoint that a result names. Raises UserError when it is none of the job's: it may get set aside."""
+    inner = Path(stored).parts
+    if Path(stored).is_absolute() or ".." in inner or inner[:1] != ("checkpoints",) or not 2 <= len(inner) <= 3:
+        raise UserError(f"{job.out / RESULT_FILE}: names {stored!r}, which is no checkpoint of this job")
+    return job.out / stored
 
 
 def _set_aside(weights: Path) -> str | None:

@@ -2,6 +2,8 @@
 
 import argparse
 import os
+import signal
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +40,24 @@ def test_errors_are_one_line(error, code, line, capsys):
 def test_a_script_may_say_what_an_interruption_left(capsys):
     assert run_tool(raising(KeyboardInterrupt()), interrupted="interrupted; nothing was written") == 75
     assert capsys.readouterr().err == "error: interrupted; nothing was written\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_every_tool_ends_on_signals_as_on_ctrl_c(number, capsys):
+    """Those that only measure as well: 75 and one line, and what was there before is there again."""
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        assert run_tool(lambda: os.kill(os.getpid(), number) or signal.pause()) == 75
+        assert capsys.readouterr().err == "error: interrupted\n"
+        assert signal.getsignal(number) is signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN)  # nohup
+        assert run_tool(lambda: os.kill(os.getpid(), number) or 3) == 3
+    finally:
+        signal.signal(number, before)
+    tools = Path(__file__).resolve().parents[2] / "tools"
+    for script in tools.glob("*.py"):
+        if "argparse" in script.read_text():  # the others print something and end
+            assert "run_tool(" in script.read_text(), script
 
 
 def test_unknown_names_and_bad_values_exit_2(capsys):

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from convert.convert_cases import check_one_line, convert, copy_oracle, same, visible
+from megatron_jet.convert.companions import copy_companions
+from megatron_jet.model.param_table import param_table
 
 
 @pytest.fixture
@@ -143,3 +145,60 @@ def test_outputs_follow_the_umask(mask, oracle, tmp_path):
         for path in top.rglob("*"):
             expected = (0o777 if path.is_dir() else 0o666) & ~mask
             assert stat.S_IMODE(path.stat().st_mode) == expected, path
+
+
+@pytest.mark.parametrize("force", [(), ("--force",)])
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_two_writers_of_one_output(command, force, oracle, tmp_path, monkeypatch, capsys):
+    """The second is refused while the first writes, whose files it would sweep away."""
+    assert convert("import", oracle, tmp_path / "ckpt") == 0
+    source = {"import": oracle, "export": tmp_path / "ckpt"}[command]
+    module = {"import": "hf_import", "export": "hf_export"}[command]
+    real, inside, codes = copy_companions, [], []
+
+    def second_meanwhile(*arguments, **options):
+        if not inside:
+            inside.append(True)
+            capsys.readouterr()
+            codes.append(convert(command, source, tmp_path / "out", *force))
+            check_one_line(capsys, ["out", f"process {os.getpid()} on", "is working in this directory"])
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(f"megatron_jet.convert.{module}.copy_companions", second_meanwhile)
+    assert convert(command, source, tmp_path / "out", *force) == 0
+    assert codes == [1] and visible(tmp_path) == {"hf", "ckpt", "out"}
+    assert not list(tmp_path.glob(".out*"))
+    if command == "export":
+        assert same(tmp_path / "out", oracle)
+
+
+def test_an_output_made_meanwhile_is_not_replaced(oracle, tmp_path, monkeypatch, capsys):
+    """Between the first look and the moment when nobody else can make it."""
+    monkeypatch.setattr("megatron_jet.convert.hf_import.param_table", lambda model: made() or param_table(model))
+
+    def made() -> None:
+        (tmp_path / "ckpt").mkdir()
+        (tmp_path / "ckpt" / "mine").touch()
+
+    assert convert("import", oracle, tmp_path / "ckpt") == 1
+    check_one_line(capsys, ["ckpt exists; choose another output"])
+    assert os.listdir(tmp_path / "ckpt") == ["mine"]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "README.md", "LICENSE"])
+def test_a_checkpoint_of_a_stranger_puts_no_file_of_its_readers_into_an_export(name, oracle, tmp_path, capsys):
+    (oracle / name).write_text("{}")
+    assert convert("import", oracle, tmp_path / "ckpt") == 0
+    (tmp_path / "secret").write_text("secret")
+    kept = tmp_path / "ckpt" / "hf" / name
+    (tmp_path / "ckpt" / "checksums.json").unlink()  # a stranger writes those that fit
+    kept.unlink()
+    kept.symlink_to("../../secret")
+    capsys.readouterr()
+    assert convert("export", tmp_path / "ckpt", tmp_path / "out") == 1
+    check_one_line(capsys, [f"hf/{name} is a link that leads out of", "put the file itself there"])
+    assert not (tmp_path / "out").exists()
+    kept.unlink()
+    (tmp_path / "ckpt" / "hf" / "inside").write_text("{}")
+    kept.symlink_to("inside")
+    assert convert("export", tmp_path / "ckpt", tmp_path / "out") == 0

@@ -273,3 +273,21 @@ def test_documents_that_say_the_same_have_one_digest():
     same = {Document(name, "text", read=7).digest for name in ("a:1", "b:2")}
     others = {Document("a", *texts).digest for texts in (("text ",), ("text", "x"), ("textx", ""))}
     assert len(same) == 1 and len(same | others) == 4
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_line_without_end_does_not_fill_the_memory(name, tmp_path, monkeypatch):
+    """A few KiB of gzip can be gigabytes of one line; what comes after it is read."""
+    monkeypatch.setattr(documents_module, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(documents_module, "READ_BYTES", 100)
+    write = gzip.open if name.endswith(".gz") else open
+    fits = json.dumps({"text": "x" * 980}).encode()
+    for end in (b"\n", b""):
+        with write(tmp_path / name, "wb") as file:
+            file.write(fits + b"\n" + b"y" * 5000 + b"\n" + b'{"text": "z"}\n' + b"w" * 1000 + end)
+        problems = []
+        found = [document.text for document in read_documents(tmp_path / name, problems.append)]
+        assert [len(text) for text in found] == [980, 1]
+        assert [problem.rpartition(": ")[2] for problem in problems] == [
+            "line 2 is longer than 0 MiB", "line 4 is longer than 0 MiB",
+        ]  # fmt: skip

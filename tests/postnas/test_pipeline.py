@@ -238,7 +238,9 @@ def test_odd_records_do_not_stop_a_stage(ctx, stage, name, odd):
     assert status(ctx)["state"] == "done" and ctx.result("report").tokens == 7
 
 
-@pytest.mark.parametrize("where", ["prepared/teacher", "stages/stage1/jobs/x/checkpoints/step-1/model", "elsewhere"])
+@pytest.mark.parametrize(
+    "where", ["prepared/teacher", "stages/stage1/jobs/x/checkpoints/step-1/model", "export", "elsewhere"]
+)
 def test_a_damaged_checkpoint_of_another_stage_comes_with_a_way_out(ctx, stage, where):
     damaged = ctx.run_dir / where if where != "elsewhere" else Path("/elsewhere")
 
@@ -247,6 +249,7 @@ def test_a_damaged_checkpoint_of_another_stage_comes_with_a_way_out(ctx, stage, 
 
     stage.before_end = [fail]
     way_out = {"prepared/teacher": "prepare/result.json and run again", "elsewhere": "give an undamaged copy"}
+    way_out["export"] = "delete .*stages/export/result.json and run again"
     with pytest.raises(UserError, match=way_out.get(where, "delete .*stage1/result.json and run again")):
         pipeline.run_stage(ctx, "report")
     assert "run again" in status(ctx)["message"] or where == "elsewhere"

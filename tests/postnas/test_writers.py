@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from megatron_jet.configs.attempts import SupersededError, leave_if_superseded, 
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import read_json, write_json
 from megatron_jet.configs.lock import exclusive
+from megatron_jet.configs.ticks import tick
+from megatron_jet.postnas import standstill as standing
 from megatron_jet.postnas import writers
 
 # Stands for the worker: holds the stage and says so. Stopped or not, it holds it until it ends.
@@ -136,6 +139,8 @@ def test_the_newer_attempt_goes_on_beside_an_old_one_that_may_not_write(tmp_path
 RANK = """
 import os, sys, time
 from pathlib import Path
+from megatron_jet.configs.ticks import tick
+from megatron_jet.postnas import standstill as standing
 from megatron_jet.postnas import writers
 
 run, number, meetings = Path(sys.argv[1]), int(os.environ["NUMBER"]), []
@@ -152,7 +157,17 @@ writers.stacks_on_demand()
 
 def works_alone():
     print("works", flush=True)
-    time.sleep(600)
+    while not (run / f"sleep{number}").exists():  # in small pieces, as work is: it is found here and there
+        sum(range(number % 7, 100_000))
+        max(range(100_000))
+        min(range(100_000))
+    if sys.argv[3] == "collective":
+        all_reduce()
+    while True:
+        time.sleep(600)
+
+# Its file says that it is torch's.
+exec(compile("def all_reduce(): time.sleep(600)", "torch/distributed/distributed_c10d.py", "exec"), globals())
 
 with writers.stage_writer(run, "export", None, float(sys.argv[2])):
     works_alone()
@@ -160,12 +175,12 @@ with writers.stage_writer(run, "export", None, float(sys.argv[2])):
 
 
 @pytest.fixture
-def two_ranks(tmp_path):
+def two_ranks(tmp_path, request):
     (tmp_path / "stages" / "export").mkdir(parents=True)
     write_json(tmp_path / "stages" / "export" / "status.json", {"state": "running", "pid": 1})
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, str(tmp_path), "4"],
+            [sys.executable, "-c", RANK, str(tmp_path), "4", getattr(request, "param", "")],
             env={**os.environ, "NUMBER": str(number)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -192,6 +207,50 @@ def test_a_stopped_rank_ends_all_with_its_name_and_stacks(two_ranks, tmp_path, w
     assert [process.returncode for process in two_ranks] == [1, 1]
     status = read_json(tmp_path / "stages" / "export" / "status.json")
     assert status["state"] == "failed" and status["message"].startswith(name)
+
+
+@pytest.mark.parametrize(("two_ranks", "stuck"), [("", 1), ("collective", 0)], indirect=["two_ranks"])
+def test_a_rank_that_lives_and_gets_nowhere_ends_all_as_well(two_ranks, tmp_path, stuck, request):
+    """It sleeps for ever, say: its threads run, and it beats. One in a collective waits for the other, which works."""
+    collective = "collective" in request.node.callspec.id
+    (tmp_path / f"sleep{stuck}").touch()
+    if collective:
+        record = tmp_path / "locks" / f"export@{stuck}"
+        while float(read_json(record)["still"]) < 8:  # twice the limit
+            assert all(process.poll() is None for process in two_ranks)
+            time.sleep(0.05)
+        (tmp_path / f"sleep{1 - stuck}").touch()  # now both wait, which nobody will end
+    said = [process.communicate(timeout=300)[1] for process in two_ranks]
+    name = f"rank {stuck} (process {two_ranks[stuck].pid} on {socket.gethostname()}) has not moved for 4 seconds"
+    for number, text in enumerate(said):
+        assert f"error: {name}" in text
+        assert f"stacks of rank {number} " in text and "in works_alone" in text
+    assert [process.returncode for process in two_ranks] == [1, 1]
+    status = read_json(tmp_path / "stages" / "export" / "status.json")
+    assert status["state"] == "failed" and status["message"].startswith(name)
+
+
+def test_reading_and_ticks_are_no_standstill(tmp_path):
+    """Of a main thread that waits at one place, for a thread that hashes a large file or for a slow disk."""
+    standstill, looks = standing.Standstill(), []
+    (tmp_path / "file").write_bytes(bytes(2 << 20))
+
+    def look_on() -> None:
+        for meanwhile in (None, None, (tmp_path / "file").read_bytes, None, None):
+            if meanwhile:
+                meanwhile()
+            standstill.look(starved=False)
+            looks.append(standstill.looks)
+
+    thread = threading.Thread(target=look_on)
+    thread.start()
+    thread.join()
+    assert looks[1:] == [1, 0, 1, 2] or looks == [0, 0, 0, 1, 2]  # at the first looks it may still be on its way there
+    tick()
+    thread = threading.Thread(target=look_on)
+    thread.start()
+    thread.join()
+    assert looks[5] == 0
 
 
 def test_a_job_that_was_suspended_as_a_whole_goes_on(two_ranks, tmp_path):

@@ -1,6 +1,8 @@
 """The command that trains the teacher: its pieces, and that an interrupted run goes on as if nothing had been."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -8,11 +10,12 @@ import torch
 from transformers import AutoTokenizer
 
 from megatron_jet.configs.errors import UserError
+from megatron_jet.configs.signals import Interrupted
 from megatron_jet.tasks import vocabulary as vocab
 from megatron_jet.teacher.curriculum import LAST_PAIRS, Curriculum
 from megatron_jet.teacher.model import byte_symbols, save_tokenizer
 from megatron_jet.teacher.muon import Muon, orthogonalize
-from megatron_jet.teacher.train import TeacherRun, Training, learning_rate_factor, train_teacher
+from megatron_jet.teacher.train import TeacherRun, Training, learning_rate_factor, read_checkpoint, train_teacher
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -123,6 +126,49 @@ def test_resume_needs_a_checkpoint_of_the_same_seed(tmp_path):
     torch.save({"seed": 1}, tmp_path / "checkpoints" / "last.pt")
     with pytest.raises(UserError, match="--seed 1, not 0"):
         train_teacher(TeacherRun(tmp_path, 1, 0), resume=True)
+
+
+def test_a_checkpoint_that_is_none_is_one_line(tmp_path):
+    path = tmp_path / "checkpoints" / "last.pt"
+    path.parent.mkdir()
+    run = TeacherRun(tmp_path, 1, 0)
+    for content in (b"", b"\x80\x04cos\nsystem\n(S'touch PWNED'\ntR.", [1], {"seed": 0}):
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        with pytest.raises(UserError, match=r"last.pt: is .*(damaged|no checkpoint)") as caught:
+            train_teacher(run, resume=True)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_stop_signal_saves_what_was_trained(tmp_path, monkeypatch):
+    """Also when it comes in the last step, and for a terminal that closes."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        real = Training.train_step
+
+        def stopped(training, real=real, number=number):
+            stats = real(training)
+            if training.step == 2:
+                os.kill(os.getpid(), number)
+            return stats
+
+        monkeypatch.setattr(Training, "train_step", stopped)
+        before = signal.signal(number, signal.SIG_DFL)
+        try:
+            with pytest.raises(Interrupted, match="stopped after step 2, checkpoint saved"):
+                train_teacher(TeacherRun(tmp_path / number.name, 1e6, 0), log=lambda line: None)
+        finally:
+            signal.signal(number, before)
+        monkeypatch.setattr(Training, "train_step", real)
+        assert read_checkpoint(TeacherRun(tmp_path / number.name, 1e6, 0))["clock"][0] == 2
+
+
+def test_weights_that_are_not_finite_are_not_saved_over_good_ones(tmp_path):
+    training = Training(TeacherRun(tmp_path, minutes=1e6, seed=0))
+    training.save()
+    before = (tmp_path / "checkpoints" / "last.pt").read_bytes()
+    next(training.model.parameters()).data.view(-1)[0] = float("nan")
+    with pytest.raises(UserError, match="holds NaN .*the one before is intact"):
+        training.save()
+    assert (tmp_path / "checkpoints" / "last.pt").read_bytes() == before
 
 
 def test_training_learns_to_match(tmp_path):

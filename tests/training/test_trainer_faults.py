@@ -217,6 +217,13 @@ def test_an_odd_training_result_does_not_count(single_rank, finished, tmp_path, 
     for odd in (*ODD_RESULTS, json.dumps({**content, "measured": 3}), json.dumps({**content, "more": 3})):
         path.write_text(odd)
         assert TrainResult.load(case) is None, odd
+    elsewhere = tmp_path / "elsewhere" / "model"
+    elsewhere.mkdir(parents=True)
+    for named in ("../elsewhere/model", str(elsewhere), "checkpoints/../../elsewhere/model", "", "checkpoints"):
+        for key in ("checkpoint", "best_checkpoint"):
+            path.write_text(json.dumps({**content, key: named}))
+            assert TrainResult.load(case) is None and "is no checkpoint of this job" in caplog.text, named
+    assert elsewhere.is_dir(), "what is damaged is set aside, of the job's own only"
     path.unlink()
     path.mkdir()
     assert TrainResult.load(case) is None
