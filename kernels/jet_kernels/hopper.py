@@ -17,6 +17,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -24,6 +25,7 @@ CAPABILITY = "9.0"  # compute capability of Hopper, as nvidia-smi prints it
 MISCOMPILING_TRITON = ((3, 4, 0), (3, 7, 1))  # from the first, up to but without the second
 NEEDED_PTXAS = (13, 3)
 PTXAS_VARIABLE = "TRITON_PTXAS_PATH"
+CUDA_FOLDER = Path("/usr/local/cuda")  # where a toolkit lies if nothing says so
 _PTXAS_PACKAGE = "nvidia-cuda-nvcc"
 _INSTALL = f"pip install '{_PTXAS_PACKAGE}>={NEEDED_PTXAS[0]}.{NEEDED_PTXAS[1]}'"
 
@@ -42,14 +44,28 @@ def doubtful_triton() -> str | None:
 def find_ptxas() -> Path | None:
     """What TRITON_PTXAS_PATH names, else the assembler of the package nvidia-cuda-nvcc, else None."""
     named = os.environ.get(PTXAS_VARIABLE)
-    if named:
-        return Path(named)
+    return Path(named) if named else _packaged("ptxas")
+
+
+def _packaged(program: str) -> Path | None:
+    """A program of the package nvidia-cuda-nvcc."""
     try:
         files = importlib.metadata.distribution(_PTXAS_PACKAGE).files or ()
     except importlib.metadata.PackageNotFoundError:
         return None
-    found = (Path(file.locate()) for file in files if file.parts[-2:] == ("bin", "ptxas"))
+    found = (Path(file.locate()) for file in files if file.parts[-2:] == ("bin", program))
     return next(found, None)
+
+
+def takes_tilelang() -> bool:
+    """Whether fla will take tilelang's kernel: installed, not switched off, and an nvcc where fla looks for one. If one
+    of them is missing, fla goes on without a word, to its own launch that raises in the first backward pass."""
+    if importlib.util.find_spec("tilelang") is None or os.environ.get("FLA_TILELANG") == "0":
+        return False
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    homes = [Path(home)] if home else []
+    compilers = [folder / "bin" / "nvcc" for folder in (*homes, CUDA_FOLDER)]
+    return bool(shutil.which("nvcc") or _packaged("nvcc")) or any(path.exists() for path in compilers)
 
 
 @functools.cache
@@ -81,15 +97,14 @@ def ptxas_problem() -> str | None:
 def backward_problem() -> str | None:
     """Why the gated delta rule cannot train on Hopper with the installed packages, in one line with every way out.
 
-    None if it can: with a Triton that is right, with a current ptxas and our own tiles, or with tilelang, whose kernel
-    fla takes where it is installed.
+    None if it can: with a Triton that is right, with a current ptxas and our own tiles, or with tilelang's kernel.
     """
     triton = doubtful_triton()
     if triton is None:
         return None
     if os.environ.get("FLA_DISABLE_BACKEND_DISPATCH") == "1":
         problem = "FLA_DISABLE_BACKEND_DISPATCH=1 keeps fla from taking another kernel: unset it"
-    elif importlib.util.find_spec("tilelang") is not None:
+    elif takes_tilelang():
         return None
     else:
         problem = ptxas_problem()

@@ -5,6 +5,7 @@ import importlib.util
 
 import pytest
 
+from jet_kernels import hopper
 from megatron_jet.configs import environment
 from megatron_jet.configs.mixers.gla import GLAConfig
 from megatron_jet.configs.overrides import dump_yaml
@@ -55,9 +56,20 @@ def test_triton_that_miscompiles_the_backward_is_refused_on_hopper(installed, tr
     assert (problem is not None and f"triton {triton} cannot train" in problem) == refused
 
 
-def test_tilelang_is_a_way_out(installed):
+def test_tilelang_is_a_way_out_where_fla_takes_it(installed, tmp_path, monkeypatch):
+    """It compiles with nvcc; without one, or switched off, fla would raise in the first backward pass."""
+    monkeypatch.setattr(hopper, "CUDA_FOLDER", tmp_path / "none")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CUDA_HOME", "CUDA_PATH", "FLA_TILELANG"):
+        monkeypatch.delenv(name, raising=False)
     installed["tilelang"] = "0.1.15"
+    assert "cannot train" in environment.triton_problem("9.0", "auto")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     assert environment.triton_problem("9.0", "auto") is None
+    monkeypatch.setenv("FLA_TILELANG", "0")
+    assert "cannot train" in environment.triton_problem("9.0", "auto")
 
 
 @pytest.mark.parametrize(

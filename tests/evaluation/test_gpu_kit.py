@@ -10,6 +10,33 @@ import pytest
 from evaluation.tools import ROOT
 
 
+@pytest.mark.parametrize(
+    "broken, named",
+    [
+        ("nothing", []),
+        ("env.py", ["env"]),
+        ("-k bfloat16", ["tests (tests/kernels/test_triton_kernels.py -k bfloat16)"]),
+        ("bench_kernels.py", ["kernels"]),
+        ("train.py", ["train-stage1", "train-stage2", "train-stage1-recomputed"]),
+        ("postnas.py", ["quickstart"]),
+    ],
+)
+def test_what_fails_is_named_and_the_rest_runs(tmp_path, broken, named):
+    """A Python that does nothing but fail at one thing: no part that fails may look like a finished run."""
+    stand_in = tmp_path / "python"
+    stand_in.write_text(f'#!/bin/sh\ncase "$*" in *"{broken}"*) exit 3;; esac\necho \'"torch": "\'\n')
+    stand_in.chmod(0o755)
+    kept = {name: value for name, value in os.environ.items() if name not in ("PARTS", "TOTAL", "LIMIT")}
+    settings = {"JET_GPU_DRY": "1", "PYTHON": str(stand_in), "WORK": str(tmp_path), "OUT": str(tmp_path / "out")}
+    settings |= {"PACK": str(tmp_path / "none")}
+    command = ["bash", str(ROOT / "tools/gpu/measure.sh")]
+    done = subprocess.run(command, env=kept | settings, capture_output=True, text=True)
+    failed = [line.removeprefix("== failed: ") for line in done.stdout.splitlines() if line.startswith("== failed: ")]
+    assert (failed, done.returncode) == (named, 1 if named else 0), done.stdout + done.stderr
+    for part in ("env", "defaults", "kernels", "train-stage1", "speed", "train-stage2", "quickstart"):
+        assert f"== {part}: exit code " in done.stdout
+
+
 @pytest.mark.timeout(1800)
 def test_measure_rehearsed(tmp_path):
     """No pack, no GPU: what can be imported here is, and every row of the speed table has a figure."""

@@ -3,6 +3,7 @@
 #   bash tools/gpu/measure.sh                    results in $OUT, seven files
 #   PARTS="tests speed" bash tools/gpu/measure.sh      only these parts        TOTAL=300: seconds for all of them
 #   JET_GPU_DRY=1 PYTHON=.venv/bin/python bash tools/gpu/measure.sh      on a CPU: the same parts, tiny
+# Every part runs whatever became of the others; the end names those that failed, and the exit code is 1 then.
 # What tools/gpu/pack.sh packed is unpacked first; without it the machine's own packages have to do.
 set -u -o pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 1
@@ -32,15 +33,18 @@ fi
 # Correctness takes one configuration per fla kernel, speed takes the tuned one: tuning compiles 900 kernels for the tests.
 fixed=(env FLA_CACHE_MODE=default FLA_CONFIG_DIR="$work/fla_configs")
 
+failed=() # names of parts
 part() { # name, most seconds, command...
   local name="$1" limit="$2" began=$SECONDS
   shift 2
   [ -n "$dry" ] && limit="${LIMIT:-$limit}" # a busy CPU is no GPU
   ((limit > TOTAL - SECONDS)) && limit=$((TOTAL - SECONDS))
-  ((limit >= 10)) || { echo "== $name: left out, no time"; return; }
+  ((limit >= 10)) || { echo "== $name: left out, no time"; failed+=("$name"); return; }
   echo "== $name: from second $SECONDS, at most $limit s: ${*/#$PWD\//}"
   timeout --kill-after=5 "$limit" "$@"
-  echo "== $name: exit code $? after $((SECONDS - began)) s"
+  local code=$?
+  ((code)) && failed+=("$name")
+  echo "== $name: exit code $code after $((SECONDS - began)) s"
 }
 has() { [[ " $PARTS " == *" $1 "* ]]; }
 
@@ -56,13 +60,13 @@ pytests() { # all GPU tests, four processes side by side: they wait for compiler
     "${fixed[@]}" timeout --kill-after=5 "$limit" "$python" -m pytest "${mark[@]}" ${groups[i]} > "$log/$i.txt" 2>&1 &
     pids+=($!)
   done
-  wait "${pids[@]}"
+  for i in "${!groups[@]}"; do wait "${pids[i]}" || failed+=("tests (${groups[i]})"); done
   for i in "${!groups[@]}"; do echo "##### ${groups[i]}"; tail -c 3000000 "$log/$i.txt"; done > "$OUT/tests.txt"
   grep -hE '^(FAILED|ERROR)|(passed|failed|error|skipped|collected).* in ' "$log"/*.txt | cut -c1-300
 }
 
 if has env; then
-  part env 40 bash -c "'$python' '$kit/env.py' > '$OUT/env.json'; grep -E '\"(torch|triton|name|nvidia_smi|bytes_per|bf16_fl)' '$OUT/env.json'"
+  part env 40 bash -c "'$python' '$kit/env.py' > '$OUT/env.json' && grep -E '\"(torch|triton|name|nvidia_smi|bytes_per|bf16_fl)' '$OUT/env.json'"
 fi
 part defaults 30 "$python" "$kit/prewarm.py" --defaults "$work/fla_configs"
 if [ -z "$dry" ]; then # beside the tests; what it compiles is asked for after them
@@ -73,7 +77,7 @@ if has tests; then
   echo "== tests: from second $SECONDS"
   pytests "$((TOTAL - SECONDS < 160 ? TOTAL - SECONDS : 160))"
 fi
-[ -z "$dry" ] && { wait "$prewarm"; tail -n 5 "$work/prewarm.txt"; }
+[ -z "$dry" ] && { wait "$prewarm" || failed+=(prewarm); tail -n 5 "$work/prewarm.txt"; }
 
 if [ -z "$dry" ]; then
   kernels=(--operations chunk_gated_delta_rule,fused_dynamic_conv,causal_conv,rms_norm_gated,l2_normalize
@@ -110,3 +114,7 @@ if has quickstart; then
 fi
 echo "== done after $SECONDS s"
 ls -l "$OUT"
+if ((${#failed[@]})); then
+  printf '== failed: %s\n' "${failed[@]}"
+  exit 1
+fi
