@@ -5,6 +5,7 @@ A new reader is a row of READERS. What is read through `read_json_object` and `S
 
 import copy
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -436,6 +437,16 @@ def test_damaged_file_is_one_line(reader, tmp_path):
     for changed in parts(yaml.safe_load(content) if path.suffix == ".yaml" else json.loads(content), reader.deep):
         path.write_text(json.dumps(changed))  # which is YAML, too
         check(reader, folder, path, json.dumps(changed)[:300], changed)
+
+
+@pytest.mark.parametrize(
+    "reader", [r for r in READERS if r.name not in ("lock", "curves")], ids=lambda reader: reader.name
+)
+def test_pipe_in_place_of_a_file_is_not_waited_for(reader, tmp_path):
+    path = reader.prepare(tmp_path)
+    path.unlink()
+    os.mkfifo(path)
+    check(reader, tmp_path, path, "a pipe")
 
 
 def test_report_reads_damaged_files_in_one_line_or_without_harm(tmp_path):

@@ -9,9 +9,11 @@ import os
 import secrets
 import shutil
 import socket
+import stat
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megatron_jet.configs.errors import UserError
 
@@ -115,11 +117,23 @@ def write_json(path: str | Path, obj: Any, mode: int = 0o666) -> None:
     write_text(path, json.dumps(obj, indent=2, allow_nan=True) + "\n", mode)
 
 
+@contextlib.contextmanager
+def open_file(path: str | Path, mode: str = "r") -> Iterator[IO[Any]]:
+    """Open an input as `open` does, text as UTF-8. Raises OSError for a pipe or a device, which would be waited for
+    without an end."""
+    encoding = None if "b" in mode else "utf-8"
+    with open(path, mode, encoding=encoding, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
+        yield file
+
+
 def read_json(path: str | Path) -> Any:
     """Read JSON. Raises UserError that names the file when it is missing, is not JSON, or is nested too deeply."""
     path = Path(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with open_file(path) as file:
+            content = json.load(file)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
@@ -217,7 +231,7 @@ def hash_file(path: str | Path) -> str:
     """SHA-256 (hex) of a file's bytes, read in 1 MiB pieces. Raises UserError when it cannot be read."""
     digest = hashlib.sha256()
     try:
-        with open(path, "rb") as f:
+        with open_file(path, "rb") as f:
             while block := f.read(1 << 20):
                 digest.update(block)
     except FileNotFoundError:

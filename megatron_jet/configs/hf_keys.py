@@ -29,7 +29,7 @@ READ_OF_WINDOWS = _names("use_sliding_window sliding_window max_window_layers")
 HARMLESS = _names(
     # origin and types; schema_version is this project's own mark on its JSON files
     "schema_version transformers_version torch_dtype dtype _name_or_path _commit_hash name_or_path license "
-    "is_llama_config transformers.js_config transformers_weights tokenizer_class model_max_length "
+    "is_llama_config transformers.js_config transformers_weights tokenizer_class model_max_length max_sequence_length "
     # how it is run
     "use_cache cache_implementation attn_implementation _attn_implementation _attn_implementation_internal "
     "_attn_implementation_autoset _experts_implementation _flash_attn_2_enabled use_flash_attn use_flash_attention "
@@ -60,6 +60,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "causal": (True,),
     "use_rope": (True,),
     "hidden_activation": ("silu",),
+    "activation": ("swiglu", "silu"),  # some Llamas name their MLP so; hidden_act is what is read
     "position_embedding_type": ("rope", "absolute"),  # the second was written into every file; nothing read it
 }
 UNIT = re.compile(r"(_multiplier|_scale|_scaling|_scalar|_factor|_coef)$")  # 1 leaves the model as it is

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from megatron_jet.configs.errors import UserError, usage_errors
+from megatron_jet.configs.files import open_file
 from megatron_jet.configs.run import RunConfig
 from megatron_jet.configs.yaml_loader import BoundedLoader, RefusedYaml, parse_yaml
 
@@ -84,7 +85,8 @@ def _free_form(path: list[str]) -> bool:
 def load_yaml(path: str | Path, loader: type[BoundedLoader] = BoundedLoader) -> Any:
     """Parse a YAML file. Raises UserError that names the file and the line."""
     try:
-        return parse_yaml(Path(path).read_text(encoding="utf-8"), loader)
+        with open_file(path) as file:
+            return parse_yaml(file.read(), loader)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:

@@ -202,7 +202,14 @@ SMOLLM2 = {
     "vocab_size": 49152,
 }
 KNOWN = {"qwen2.5": QWEN25, "qwen3": QWEN3, "llama3.2": LLAMA32, "smollm2": SMOLLM2}
-SAVED_AGAIN = {"unsloth_fixed": True, "unsloth_version": "2026.1.1", "pad_token_id": 3, "_name_or_path": "x/y"}
+SAVED_AGAIN = {
+    "unsloth_fixed": True,
+    "max_sequence_length": 99,
+    "activation": "swiglu",
+    "unsloth_version": "2026.1.1",
+    "pad_token_id": 3,
+    "_name_or_path": "x/y",
+}
 
 
 @pytest.mark.parametrize("name", KNOWN)

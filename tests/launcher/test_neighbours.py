@@ -165,6 +165,14 @@ def test_output_that_takes_nothing_is_one_line(workplace):
     one_line((done.returncode, "", done.stderr), "No space left on device")
 
 
+def test_report_whose_output_takes_nothing_is_one_line(workplace):
+    open_run(tiny(), Path("runs/a"))
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, str(LAUNCHER), "report", "a"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    one_line((done.returncode, "", done.stderr), "No space left on device")
+
+
 def test_read_only_run_is_one_line(workplace):
     run = open_run(tiny(), Path("runs/a"))
     (run.path / "sub").mkdir()

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from megatron_jet.configs.command_line import run_tool
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import write_json, write_text
 from megatron_jet.evaluation.report.collect import collect
@@ -40,4 +41,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_tool(lambda: main(sys.argv[1:])))
