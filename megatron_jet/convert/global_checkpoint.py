@@ -113,8 +113,7 @@ class GlobalCheckpoint:
         if path is None:
             return self.read_many([key])[key]
         try:
-            with closed_pickles():  # the environment may ask torch for an open unpickler
-                tensor = torch.load(path, mmap=True, weights_only=True)
+            tensor = torch.load(path, mmap=True, weights_only=True)
         except Exception as error:
             stop_if_interrupted(error)
             tensor = None

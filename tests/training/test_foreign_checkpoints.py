@@ -169,20 +169,3 @@ def test_the_unpicklers_of_others_are_as_they_were_afterwards(monkeypatch):
     with closed_pickles():
         assert FileSystemReader.read_metadata is not before[0]
     assert (FileSystemReader.read_metadata, dict(os.environ)) == before
-
-
-@pytest.mark.parametrize("variable", ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_WEIGHTS_ONLY_LOAD"])
-def test_no_environment_opens_the_file_of_a_large_tensor(tmp_path, mark, monkeypatch, variable):
-    """Files of one tensor each are read by torch.load itself, which obeys the environment."""
-    monkeypatch.setattr(global_checkpoint, "SINGLE_FILE_BYTES", 0)
-    write_checkpoint(tmp_path / "model", {"a": torch.ones(64)})
-    monkeypatch.setenv(variable, "1")
-    source = GlobalCheckpoint(tmp_path / "model")
-    assert torch.equal(source.read("a"), torch.ones(64))
-    path = source._file_of("a")
-    size = path.stat().st_size
-    content = pickle.dumps(Payload(mark), protocol=2)
-    path.write_bytes(content.ljust(size, b"\0"))
-    with pytest.raises(UserError, match="cannot read a"):
-        source.read("a")
-    assert not mark.exists()
