@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "mixers": ("jet_kernels", "configs"),
     "model": ("mixers",),
     "data": ("configs", "tasks", "data.index", "data.checks"),  # shards of the synthetic tasks
-    "data.index": ("configs",),
+    "data.index": ("configs", "tasks"),  # its vocabulary
     "data.checks": ("configs", "data.index"),  # before a run starts, without torch
     "tasks": ("configs",),
     "tasks.evalset": ("tasks", "data"),  # reads its sequences from shards

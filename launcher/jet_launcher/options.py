@@ -9,7 +9,7 @@ from megatron_jet.configs.layout import check_layout
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.run import RunConfig
 from megatron_jet.configs.teacher_source import resolve_teacher, teacher_model, tokenizer_directory
-from megatron_jet.data.checks import check_data, repeated_sources
+from megatron_jet.data.checks import bundled_index, check_data, repeated_sources
 from megatron_jet.data.index import read_index
 
 
@@ -39,10 +39,13 @@ def check_inputs(config: RunConfig) -> ModelConfig:
     teacher = teacher_model(config.teacher)
     check_layout(config, teacher)
     tokenizer = tokenizer_directory(config.teacher)
-    if config.data.path != "bundled":
-        if not (Path(config.data.path) / "index.json").is_file():
-            raise UserError(f"data.path={config.data.path}: no index.json there; make it with tools/prepare_data.py")
-        check_data(config, read_index(config.data.path), teacher, tokenizer)
+    if config.data.path == "bundled":
+        index = bundled_index(teacher, tokenizer)
+    elif not (Path(config.data.path) / "index.json").is_file():
+        raise UserError(f"data.path={config.data.path}: no index.json there; make it with tools/prepare_data.py")
+    else:
+        index = read_index(config.data.path)
+    check_data(config, index, teacher, tokenizer)
     return teacher
 
 

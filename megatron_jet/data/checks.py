@@ -8,7 +8,7 @@ from megatron_jet.configs.files import hash_file, read_json_object
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.run import RunConfig
 from megatron_jet.configs.stages import SEARCH_STAGES, SELECTION_STAGES, PlacementConfig
-from megatron_jet.data.index import DataIndex, SourceInfo, SplitInfo, split_info
+from megatron_jet.data.index import BUNDLED_SOURCES, SPLITS, DataIndex, SourceInfo, SplitInfo, split_info
 
 USEFUL_PASSES = 4  # repeating data up to here is almost as good as new data (Muennighoff et al. 2023)
 
@@ -34,6 +34,19 @@ def check_data(config: RunConfig, index: DataIndex, teacher: ModelConfig, tokeni
             check_training(config, index, stage)
     if any(stage in config.stages for stage in SEARCH_STAGES):
         _check_search(config, index)
+
+
+def bundled_index(teacher: ModelConfig, tokenizer: Path) -> DataIndex:
+    """What `check_data` may know of the bundled data before a run makes them: splits and sources, not their sizes."""
+    path = tokenizer / "tokenizer.json"
+    return DataIndex(
+        vocab_size=teacher.vocab_size,
+        end_of_text=0,
+        seq_length=1,
+        tokenizer_hash=hash_file(path) if path.is_file() else "",
+        sources=BUNDLED_SOURCES,
+        splits={split: SplitInfo(sources=dict.fromkeys(BUNDLED_SOURCES, 1), shards=[]) for split in SPLITS},
+    )
 
 
 def splits_of(config: RunConfig, stage: str) -> tuple[str, ...]:

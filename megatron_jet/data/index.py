@@ -13,6 +13,7 @@ from pydantic import Field, StringConstraints, field_validator, model_validator
 from megatron_jet.configs.base import StrictModel
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.files import SCHEMA_VERSION, read_json_object
+from megatron_jet.tasks import vocabulary as vocab
 
 SPLITS = ("train", "search", "heldout")
 LARGEST_VOCAB = 1 << 32  # token ids have 32 bits at most
@@ -39,6 +40,17 @@ class SourceInfo(StrictModel):
         if self.metric == "choice" and not self.choices:
             raise ValueError("metric 'choice' needs choices")
         return self
+
+
+# Of `data.path=bundled`: the standard library and the synthetic tasks.
+BUNDLED_SOURCES = {
+    "text": SourceInfo(packing="stream", metric="loss"),
+    "recall": SourceInfo(packing="whole", metric="exact"),
+    "choice": SourceInfo(
+        packing="whole", metric="choice", choices=list(range(vocab.LETTERS, vocab.LETTERS + vocab.NUM_LETTERS))
+    ),
+    "copy": SourceInfo(packing="whole", metric="exact"),
+}
 
 
 class ShardInfo(StrictModel):

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_jet.configs.errors import UserError
-from megatron_jet.data.index import SPLITS, SourceInfo
+from megatron_jet.data.index import BUNDLED_SOURCES, SPLITS, SourceInfo
 from megatron_jet.data.shard_format import Sample
 from megatron_jet.tasks import synthetic
-from megatron_jet.tasks import vocabulary as vocab
 
-LETTERS = list(range(vocab.LETTERS, vocab.LETTERS + vocab.NUM_LETTERS))
+NUMBERS = {"recall": 1, "choice": 2, "copy": 3}
 
 
 @dataclass(frozen=True)
@@ -22,11 +21,7 @@ class SyntheticTask:
     info: SourceInfo
 
 
-SYNTHETIC = {
-    "recall": SyntheticTask(1, SourceInfo(packing="whole", metric="exact")),
-    "choice": SyntheticTask(2, SourceInfo(packing="whole", metric="choice", choices=LETTERS)),
-    "copy": SyntheticTask(3, SourceInfo(packing="whole", metric="exact")),
-}
+SYNTHETIC = {name: SyntheticTask(number, BUNDLED_SOURCES[name]) for name, number in NUMBERS.items()}
 
 
 def synthetic_samples(task: str, split: str, count: int, length: int, texts: list[np.ndarray]) -> Iterator[Sample]:

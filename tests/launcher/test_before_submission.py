@@ -44,6 +44,24 @@ def test_dry_run_says_which_inputs_are_not_ready(launcher, workplace, teacher, t
     assert code == 0 and "not ready here" not in out
 
 
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        (
+            "stage1.blend={nosource: 1}",
+            "no source 'nosource' in split 'train'; they have choice, copy, recall, text",
+        ),
+        ("placement.objective=nosuch", "placement.objective: 'nosuch' is not in the search split"),
+        ("data.heldout_split=nosuch", "nosuch"),
+    ],
+)
+def test_sources_of_the_bundled_data_are_known_before_they_are_made(launcher, workplace, override, words, capsys):
+    code, _, err = launcher("run", "tiny", override, "--output", "runs/refused")
+    assert code == 2 and words in err
+    assert not Path("runs/refused").exists()
+    assert f"not ready here: {err.removeprefix('error: ').strip()}" in launcher("run", "tiny", override, "--dryrun")[1]
+
+
 def test_disk_of_a_run_that_has_begun_counts_what_is_there(tmp_path, monkeypatch):
     """And says what `resume` can follow: a run stays in its directory."""
     run = RunDirectory(tmp_path / "a")
