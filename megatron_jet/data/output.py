@@ -77,6 +77,11 @@ class Output:
             raise UserError("nothing to prepare: the inputs hold no text")
         return lines
 
+    def abandon(self) -> None:
+        """Let go of the files: the work has failed or was stopped."""
+        for writer in self._writers.values():
+            writer.abandon()
+
     def splits(self) -> dict[str, SplitInfo]:
         """The finished shards as the index has them."""
         shards: dict[str, list[ShardInfo]] = {}

@@ -126,7 +126,12 @@ def _write(
     encoder = Encoder(request.tokenizer)
     with directory_for(out) as folder:
         check()
-        index = _Preparation(request, files, encoder, folder, say, watch).run()
+        preparation = _Preparation(request, files, encoder, folder, say, watch)
+        try:
+            index = preparation.run()
+        except BaseException:
+            preparation.output.abandon()
+            raise
         write_json(folder / "index.json", index.to_dict())
     return index
 

@@ -61,6 +61,18 @@ class ShardWriter:
         if self._tokens >= SHARD_TOKENS:
             self.close()
 
+    def abandon(self) -> None:
+        """Let go of the open shard, of which nothing will be kept. Else the tar stream would complain when it is
+        collected, with a traceback below the line that says what went wrong."""
+        if self._file is None:
+            return
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._file.fileno())  # what is buffered goes there, also where the disk is full
+        os.close(nowhere)
+        self._writer.close()
+        self._file.close()
+        self._file = None
+
     def close(self) -> None:
         """Finish the open shard and note its checksum."""
         if self._file is None:

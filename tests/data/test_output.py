@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import runpy
 import signal
 import subprocess
@@ -258,3 +259,19 @@ def test_a_file_that_cannot_be_read_is_named_and_not_the_output(corpus, byte_tok
     with pytest.raises(UserError, match="file02.txt: cannot be read .Permission denied"):
         prepare(Request((str(corpus),), byte_tokenizer, 96), tmp_path / "out")
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("fault", ["disk", "document"])
+def test_what_fails_among_open_shards_is_one_line(fault, byte_tokenizer, tmp_path):
+    """No traceback of the tar stream below it, and nothing is left. A limit on files stands for a full disk."""
+    rows = [json.dumps({"text": f"{number} " * 2000}) + "\n" for number in range(60)]
+    (tmp_path / "a.jsonl").write_text("".join(rows) + ("{" if fault == "document" else ""))
+    command = [sys.executable, str(ROOT / "tools" / "prepare_data.py"), "a.jsonl", "out"]
+    run = subprocess.run(
+        [*command, "--tokenizer", str(byte_tokenizer)], cwd=tmp_path, capture_output=True, text=True,
+        preexec_fn=lambda: fault == "disk" and resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )  # fmt: skip
+    said = {"disk": "out: cannot be written (File too large)", "document": "line 61 is not JSON"}[fault]
+    assert run.returncode == 1 and said in run.stderr
+    assert "Traceback" not in run.stderr and run.stderr.splitlines()[-1].startswith("error: ")
+    assert names(tmp_path) == ["a.jsonl"]
