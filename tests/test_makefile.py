@@ -24,19 +24,19 @@ def checkout(tmp_path) -> Path:
     """What `make install` needs, in a directory with a space in its name."""
     path = tmp_path / "a checkout"
     (path / "tools").mkdir(parents=True)
-    for name in ("Makefile", "pyproject.toml", "constraints.txt", "tools/find_python.sh"):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "tools/find_python.sh", "tools/oldest_versions.py"):
         shutil.copyfile(ROOT / name, path / name)
     return path
 
 
-def install(checkout: Path) -> tuple[int, list[str]]:
+def install(checkout: Path, target: str = "install") -> tuple[int, list[str]]:
     """Exit code of `make install` and what it asked Python to do."""
     python, calls = checkout.parent / "python", checkout.parent / "calls"
     write_script(python, PYTHON)
     calls.write_text("")
     kept = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
     environment = kept | {"PYTHON": str(python), "CALLS": str(calls), "OFFLINE": str(checkout.parent / "offline")}
-    result = subprocess.run(["make", "install"], cwd=checkout, env=environment, capture_output=True, check=False)
+    result = subprocess.run(["make", target], cwd=checkout, env=environment, capture_output=True, check=False)
     words = [line.split()[1:3] for line in calls.read_text().splitlines() if line.startswith("-m")]
     return result.returncode, [" ".join(pair) for pair in words if pair != ["pip", "--version"]]
 
@@ -64,6 +64,17 @@ def test_a_failed_installation_is_tried_again(checkout):
     assert code != 0 and calls == ["venv .venv", "pip install"]
     offline.unlink()
     assert install(checkout) == (0, ["pip install"])
+
+
+def test_the_oldest_environment_is_installed_once_and_after_a_failure_again(checkout):
+    target, steps = ".venv-oldest/.installed", ["venv .venv-oldest", "pip install"]
+    offline = checkout.parent / "offline"
+    offline.touch()
+    code, calls = install(checkout, target)
+    assert code != 0 and calls == steps
+    offline.unlink()
+    assert install(checkout, target) == (0, steps)
+    assert install(checkout, target) == (0, [])
 
 
 @pytest.mark.parametrize("target", ["test", "test-slow", "test-faults", "test-gpu", "bench-gpu"])

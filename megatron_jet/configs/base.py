@@ -1,7 +1,7 @@
 """Strict frozen base model of every config, cluster file and result."""
 
 import math
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -24,8 +24,10 @@ def _weights[K](weights: dict[K, float]) -> dict[K, float]:
     return weights
 
 
-# Weights by name, such as a blend of sources. They need not sum to 1.
-type Weights[K] = Annotated[dict[K, float], AfterValidator(_weights)]
+_Key = TypeVar("_Key")
+# Weights by name, such as a blend of sources. They need not sum to 1. (No `type` statement: the oldest pydantic that
+# pyproject.toml promises knows no generic one.)
+Weights = Annotated[dict[_Key, float], AfterValidator(_weights)]
 Share = Annotated[float, Field(ge=0)]
 
 

@@ -28,13 +28,18 @@ def test_what_fails_is_named_and_the_rest_runs(tmp_path, broken, named):
     stand_in.chmod(0o755)
     kept = {name: value for name, value in os.environ.items() if name not in ("PARTS", "TOTAL", "LIMIT")}
     settings = {"JET_GPU_DRY": "1", "PYTHON": str(stand_in), "WORK": str(tmp_path), "OUT": str(tmp_path / "out")}
-    settings |= {"PACK": str(tmp_path / "none")}
+    settings |= {"PACK": str(tmp_path / "none"), "TOTAL": "3600", "LIMIT": "1500"}
+    settings |= {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    (tmp_path / "timeout").write_text(f'#!/bin/sh\necho "$2" >> "{tmp_path}/limits"; shift 2; exec "$@"\n')
+    (tmp_path / "timeout").chmod(0o755)
     command = ["bash", str(ROOT / "tools/gpu/measure.sh")]
     done = subprocess.run(command, env=kept | settings, capture_output=True, text=True)
     failed = [line.removeprefix("== failed: ") for line in done.stdout.splitlines() if line.startswith("== failed: ")]
     assert (failed, done.returncode) == (named, 1 if named else 0), done.stdout + done.stderr
     for part in ("env", "defaults", "kernels", "train-stage1", "speed", "train-stage2", "quickstart"):
         assert f"== {part}: exit code " in done.stdout
+    limits = (tmp_path / "limits").read_text().split()
+    assert len(limits) == 12 and set(limits) == {"1500"}, "a rehearsal's own limit, for eight parts and four tests"
 
 
 @pytest.mark.timeout(1800)

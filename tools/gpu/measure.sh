@@ -50,7 +50,7 @@ has() { [[ " $PARTS " == *" $1 "* ]]; }
 
 pytests() { # all GPU tests, four processes side by side: they wait for compilers more than for the GPU
   local limit="$1" log="$work/tests" mark=(-m gpu -q -rA --tb=short -p no:cacheprovider --timeout 140)
-  [ -n "$dry" ] && mark+=(--collect-only)
+  [ -n "$dry" ] && mark+=(--collect-only) limit="${LIMIT:-$limit}"
   mkdir -p "$log"
   local groups=("tests/kernels/test_triton_kernels.py -k float32" "tests/kernels/test_triton_kernels.py -k bfloat16"
     "tests/model/test_gpu.py tests/convert/test_hf_gpu.py" "tests/gpu tests/evaluation/test_throughput_gpu.py")
