@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from convert.hf_cases import ORACLE
+from megatron_jet.configs.checksums import read_checksums, write_checksums
+from megatron_jet.configs.files import hash_file
 from megatron_jet.convert.global_checkpoint import GlobalCheckpoint, write_checkpoint
 from megatron_jet.convert.hf_files import INDEX, HfTensors
 
@@ -97,6 +99,13 @@ def rewrite(checkpoint: Path, edit) -> None:
     edit(tensors)
     config = json.loads((checkpoint / "model_config.json").read_text())
     write_checkpoint(checkpoint, tensors, config)
+
+
+def set_config(checkpoint: Path, config: dict) -> None:
+    """Another model config, as if it had been written so: with its checksum."""
+    (checkpoint / "model_config.json").write_text(json.dumps(config))
+    hashes = read_checksums(checkpoint)
+    write_checksums(checkpoint, hashes | {"model_config.json": hash_file(checkpoint / "model_config.json")})
 
 
 def check_one_line(capsys, named: list[str]) -> None:

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from convert.convert_cases import set_config
 from layout_runs import next_token_loss, relative_error, train_step
 from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.hf_format import model_from_hf, model_to_hf
@@ -146,8 +147,7 @@ def test_the_hybrid_code_computes_the_familys_softmax_layers(tmp_path, family):
     hf.save_pretrained(tmp_path / "hf")
     plain = import_hf(tmp_path / "hf", tmp_path / "checkpoint")
     hybrid = plain.with_plan(("swa:40", "swa:41"))
-    path = tmp_path / "checkpoint" / "model_config.json"
-    path.write_text(json.dumps(hybrid.to_dict()))
+    set_config(tmp_path / "checkpoint", hybrid.to_dict())
     export_hf(tmp_path / "checkpoint", tmp_path / "export")
     exported = load_for_causal_lm(tmp_path / "export")
     assert exported.config.model_type == "megatron_jet"
@@ -186,9 +186,9 @@ def hybrid_of(family: str) -> ModelConfig:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attention_bias": True}, "attention_bias=True is not supported"),
-        ({"mlp_bias": True}, "mlp_bias=True is not supported"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
+        ({"attention_bias": True}, "attention_bias=True is not understood for model_type 'llama'"),
+        ({"mlp_bias": True}, "mlp_bias=True is not understood for model_type 'llama'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not understood for model_type 'llama'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE scaling 'yarn' is not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling: low_freq_factor: Field required"),
         ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "high_freq_factor=1.0 must be above"),

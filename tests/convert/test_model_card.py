@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from convert.convert_cases import check_one_line, convert, save_qwen2
+from convert.convert_cases import check_one_line, convert, save_qwen2, set_config
 from convert.hf_cases import ORACLE
 from convert.published import shapes
 from megatron_jet.configs.recipes.known_models import jet_nemotron_2b_model
@@ -133,7 +133,7 @@ def test_card_and_licence_of_an_imported_model_come_back(tmp_path):
     assert not (tmp_path / "out" / "training_log.txt").exists()
     # Another model under the same roof is not what that card describes.
     config = json.loads((tmp_path / "ckpt" / "model_config.json").read_text())
-    (tmp_path / "ckpt" / "model_config.json").write_text(json.dumps(config | {"layer_plan": ["attn", "swa:8"]}))
+    set_config(tmp_path / "ckpt", config | {"layer_plan": ["attn", "swa:8"]})
     assert convert("export", tmp_path / "ckpt", tmp_path / "hybrid") == 0
     text = (tmp_path / "hybrid" / "README.md").read_text()
     assert "1 x sliding-window attention of 8 tokens: 1" in text

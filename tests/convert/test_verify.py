@@ -195,7 +195,8 @@ def test_a_damaged_checkpoint_over_two_processes_is_one_line(checkpoint, tmp_pat
     command = [sys.executable, str(SCRIPT), "verify", str(ORACLE), str(tmp_path / "bad"), "--tp", "2"]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 1
-    assert run.stderr.startswith(f"error: {tmp_path / 'bad'}: checkpoint is damaged") and run.stderr.count("\n") == 1
+    assert run.stderr.startswith(f"error: {tmp_path / 'bad'}: __0_0.distcp is not what was written")
+    assert "the checkpoint is damaged" in run.stderr and run.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("option", ["--tp", "--pp"])

@@ -76,9 +76,7 @@ def test_paper_run_on_paper(login_node, tmp_path):
         assert re.search(rf"^{stage} .*TP1 PP1 DP32 .*\b{hours:,} .*$", done.stdout, re.MULTILINE), stage
     assert done.stdout.count("#SBATCH --job-name=") == 24, "every script is shown"
     assert "#SBATCH --gpus-per-node=8" in done.stdout
-    assert "--container-image 'nvcr.io#nvidia/nemo:25.11'" in done.stdout.replace("nvcr.io#", "'nvcr.io#", 1) or (
-        "--container-image nvcr.io#nvidia/nemo" in done.stdout
-    )
+    assert "--container-image nvcr.io#nvidia/pytorch:26.01-py3" in done.stdout.replace("'", "")
     assert "sbatch --requeue --dependency=afterok:<placement>" in done.stdout
     assert "JET_TEACHERS is not set" in done.stdout
     assert not list(tmp_path.iterdir()), "a dry run writes nothing"

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_jet.configs.errors import UserError
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.configs.training import ParallelConfig
 from megatron_jet.training import cpu_backend
@@ -38,6 +39,10 @@ def run(rank: int, job: VerifyJob) -> None:
     )
     try:
         write_activations(job)
+    except UserError as error:
+        if world_size == 1:
+            raise
+        raise UserError(str(error)) from None  # of several processes the caller gets the text, told by this type's name
     finally:
         destroy_parallel()
 
