@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.dynamic_module_utils import get_relative_imports
 
 from convert.hf_cases import ORACLE, config_dict, random_model, random_tokens
 from megatron_jet.configs.errors import UserError
+from megatron_jet.convert.companions import MODELING, modeling_files
 from megatron_jet.convert.hf_package import auto_map, load_for_causal_lm, write_modeling_code
 
 KERNELS = Path(__file__).parents[2] / "kernels" / "jet_kernels"
@@ -57,6 +59,12 @@ def export(model, directory: Path, model_type: str) -> Path:
     tokens[1, :6], mask[1, :6] = 0, 0
     save_file({"tokens": tokens, "mask": mask}, directory / "prompts.safetensors")
     return directory
+
+
+def test_the_modeling_file_imports_every_other_one():
+    """transformers 5.6 to 5.10 copy from a local directory what that file imports, and nothing that those need."""
+    named = set(get_relative_imports(MODELING / "modeling_megatron_jet.py"))
+    assert named == {path.stem for path in modeling_files()} - {"modeling_megatron_jet"}
 
 
 def test_an_export_loads_and_generates_without_this_project(tmp_path):

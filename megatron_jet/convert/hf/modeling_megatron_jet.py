@@ -21,6 +21,19 @@ from .gla import GatedLinearAttention
 from .jet_block import GeneratorLinear, JetBlock
 from .token_layout import TokenLayout
 
+# Older transformers (seen in 5.6 to 5.10) copy from a local directory only what this very file imports. So it names
+# every file that the ones above need.
+# isort: split
+from .dynamic_conv import dynamic_causal_conv  # noqa: F401
+from .flash_attention import flash_attend  # noqa: F401
+from .gated_delta_rule import chunk_gated_delta_rule  # noqa: F401
+from .gla_recurrence import chunk_gla  # noqa: F401
+from .linear_mixer import LinearMixer  # noqa: F401
+from .norm_gate import rms_norm_gated  # noqa: F401
+from .recurrence import gated_delta_rule  # noqa: F401
+from .short_conv import causal_conv  # noqa: F401
+from .softmax_attention import attend  # noqa: F401
+
 logger = logging.get_logger(__name__)
 
 # Deviation of the taps that a fresh kernel generator gives (its bias), whatever the config's initializer_range.
