@@ -15,6 +15,7 @@ from megatron_jet.configs.signals import stop_on_signals  # noqa: E402
 
 EPILOG = """examples:
   python tools/convert.py import models/Qwen2.5-1.5B checkpoints/teacher
+  python tools/convert.py import SmolLM2-135M-Instruct.Q4_1.gguf checkpoints/smollm2
   python tools/convert.py export runs/tiny/prepared/teacher exported --dtype bf16
   python tools/convert.py verify models/Qwen2.5-1.5B checkpoints/teacher --tp 2
 """
@@ -28,8 +29,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="import|export|verify")
     keep = {"epilog": EPILOG, "formatter_class": argparse.RawTextHelpFormatter}
 
-    imports = commands.add_parser("import", help="Hugging Face directory to Megatron checkpoint", **keep)
-    imports.add_argument("hf_dir", type=Path, metavar="HF_DIR")
+    imports = commands.add_parser("import", help="Hugging Face directory or GGUF file to Megatron checkpoint", **keep)
+    imports.add_argument("hf_dir", type=Path, metavar="HF_DIR", help="or a .gguf file")
     imports.add_argument("out", type=Path, metavar="OUT")
 
     export = commands.add_parser("export", help="Megatron checkpoint to Hugging Face directory", **keep)

@@ -1,6 +1,8 @@
-"""Hugging Face directory -> Megatron checkpoint, tensor by tensor."""
+"""Hugging Face directory or GGUF file -> Megatron checkpoint, tensor by tensor."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,6 +12,8 @@ from megatron_jet.configs.files import read_json
 from megatron_jet.configs.hf_format import model_from_hf
 from megatron_jet.configs.model import ModelConfig
 from megatron_jet.convert.companions import COMPANIONS, copy_companions
+from megatron_jet.convert.gguf.directory import SUFFIX, write_companions
+from megatron_jet.convert.gguf.model import GgufModel
 from megatron_jet.convert.global_checkpoint import LazyTensor, write_checkpoint
 from megatron_jet.convert.hf_files import HfTensors
 from megatron_jet.convert.outputs import check_output, not_an_import
@@ -31,6 +35,18 @@ UNFINISHED = {
 }
 
 
+class TensorSource(Protocol):
+    """What a checkpoint is made from: tensors by Hugging Face name, read one at a time."""
+
+    directory: Path  # of the files, for messages
+
+    def __iter__(self) -> Iterator[str]: ...
+    def __contains__(self, name: str) -> bool: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def dtype(self, name: str) -> torch.dtype: ...
+    def read(self, name: str) -> Tensor: ...
+
+
 def import_hf(
     hf_dir: str | Path, out: str | Path, *, force: bool = False, progress: ConversionProgress | None = None
 ) -> ModelConfig:
@@ -40,7 +56,8 @@ def import_hf(
     same model back bit by bit.
 
     Args:
-        hf_dir: Qwen2, Qwen3, Llama, jet_nemotron or megatron_jet model with safetensors.
+        hf_dir: Qwen2, Qwen3, Llama, jet_nemotron or megatron_jet model with safetensors; or a GGUF file of one of the
+            first three.
         out: checkpoint directory to make.
         force: replace an existing `out`.
         progress: told of every tensor.
@@ -54,11 +71,7 @@ def import_hf(
     """
     hf_dir, out = Path(hf_dir), Path(out)
     check_output(out, hf_dir, force, not_an_import)
-    if not hf_dir.is_dir():
-        raise UserError(f"{hf_dir}: no such directory; give a Hugging Face model directory")
-    config_path = hf_dir / "config.json"
-    model = model_from_hf(read_json(config_path), str(config_path))
-    source = weights_of(hf_dir, model)
+    source, model, companions = _opened(hf_dir)
     rows = param_table(model)
     check_tensors(model, rows, source)
     tensors = {row.key: _lazy(row, source, model) for row in rows}
@@ -68,10 +81,22 @@ def import_hf(
         out,
         tensors,
         model.to_dict(),
-        lambda directory: copy_companions(hf_dir, directory / COMPANIONS),
+        lambda directory: companions(directory / COMPANIONS),
         lambda: check_output(out, hf_dir, force, not_an_import),
     )
     return model
+
+
+def _opened(path: Path) -> tuple[TensorSource, ModelConfig, Callable[[Path], None]]:
+    """(Tensors, the model, what writes the files beside the weights) of a Hugging Face directory or a GGUF file."""
+    if path.suffix == SUFFIX:
+        gguf = GgufModel(path)
+        return gguf, model_from_hf(gguf.config, str(path)), lambda directory: write_companions(gguf, directory)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such directory; give a Hugging Face model directory or a {SUFFIX} file")
+    config_path = path / "config.json"
+    model = model_from_hf(read_json(config_path), str(config_path))
+    return weights_of(path, model), model, lambda directory: copy_companions(path, directory)
 
 
 def weights_of(hf_dir: Path, model: ModelConfig) -> HfTensors:
@@ -82,7 +107,7 @@ def weights_of(hf_dir: Path, model: ModelConfig) -> HfTensors:
     return source
 
 
-def check_tensors(model: ModelConfig, rows: list[ParamRow], source: HfTensors) -> None:
+def check_tensors(model: ModelConfig, rows: list[ParamRow], source: TensorSource) -> None:
     """Raise UserError when names, shapes or types in the files are not those of the model."""
     expected = {name: shape for row in rows for name, shape in zip(row.hf, row.shapes, strict=True)}
     missing = [name for name in expected if name not in source]
@@ -114,14 +139,14 @@ def finite(tensor: Tensor, name: str, where: str | Path) -> Tensor:
     return tensor
 
 
-def _lazy(row: ParamRow, source: HfTensors, model: ModelConfig) -> LazyTensor:
+def _lazy(row: ParamRow, source: TensorSource, model: ModelConfig) -> LazyTensor:
     def make() -> Tensor:
         return join(row, [finite(source.read(name), name, source.directory) for name in row.hf], model)
 
     return LazyTensor(row.global_shape, source.dtype(row.hf[0]), make)
 
 
-def _harmless(name: str, model: ModelConfig, source: HfTensors) -> bool:
+def _harmless(name: str, model: ModelConfig, source: TensorSource) -> bool:
     """Buffers that old files hold, and a tied LM head written out although it is the embedding."""
     if name.endswith("rotary_emb.inv_freq"):
         return True
